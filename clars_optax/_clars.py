@@ -1,0 +1,334 @@
+"""CLARS: layer-wise rates from the mean norm of the per-example gradients."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from clars_optax._trust_ratio import (
+    is_hole,
+    key_names,
+    l2_norm,
+    leaf_name,
+    listed,
+    match_norms,
+    trust_ratio,
+)
+
+_NOT_SCALED = ("bias", "scale", "offset", "b")
+
+
+def default_mask(params: Any) -> Any:
+    """Tells the weights from the biases and the scales of normalisation layers.
+
+    A leaf is a weight if two or more of its axes are longer than 1 and the last key of its path is
+    none of ``bias``, ``scale``, ``offset`` and ``b``. A kernel with a single output counts as a
+    vector. The attribute ``value`` at the end of a path is the box of a variable (Flax NNX, or
+    Linen's ``Partitioned``), not its name, and is passed over.
+
+    Args:
+      params: a tree of arrays (parameters or gradients).
+
+    Returns:
+      A tree like ``params`` of booleans, True for the weights.
+
+    Raises:
+      ValueError: if ``params`` is a step count, which is what ``optax.inject_hyperparams`` calls
+        this function with unless it is told that the masks are no schedules.
+
+    Example:
+      >>> import clars_optax
+      >>> import jax.numpy as jnp
+      >>> clars_optax.default_mask({"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)})
+      {'bias': False, 'kernel': True}
+    """
+    if isinstance(params, int) or (
+        hasattr(params, "dtype")
+        and jnp.ndim(params) == 0
+        and jnp.issubdtype(params.dtype, jnp.integer)
+    ):
+        raise ValueError(
+            f"`default_mask` expects a tree of parameters, but got a step count, {params}: "
+            "`optax.inject_hyperparams` takes every callable for a schedule. Pass it "
+            'static_args=("weight_decay_mask", "trust_ratio_mask").'
+        )
+
+    def is_weight(path: tuple[Any, ...], leaf: Any) -> bool:
+        long_axes = sum(size > 1 for size in jnp.shape(leaf))
+        return long_axes >= 2 and key_names(path)[-1:] not in [(name,) for name in _NOT_SCALED]
+
+    return jax.tree_util.tree_map_with_path(is_weight, params)
+
+
+def scale_by_clars(
+    trust_coefficient: ArrayLike = 0.01,
+    max_trust_ratio: ArrayLike = 0.1,
+    eps: ArrayLike = 1e-6,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Scales the update of each leaf by its CLARS trust ratio.
+
+    With :math:`n = \frac{1}{N} \sum_i \|g_i\|` the mean norm of the per-example gradients of a leaf
+    :math:`w`, its update is multiplied by
+
+    .. math::
+      \min\left(\text{max\_trust\_ratio},\;
+        \text{trust\_coefficient} \cdot \frac{\|w\|}{n + \text{eps}}\right)
+
+    ======================  ==========================================================
+    case                    ratio
+    ======================  ==========================================================
+    ``w`` or ``n`` is zero  min(max_trust_ratio, 1)
+    leaf masked out         1, the leaf's update passes unchanged
+    ``n`` NaN or infinite   NaN: never hidden
+    low-precision leaves    norms and ratio in float32, the update keeps its dtype
+    ======================  ==========================================================
+
+    The transformation has no state. Its ``update`` needs ``params`` and ``example_grad_norms``: a
+    tree like ``params`` whose leaves are vectors of norms, which are averaged, or scalars, which
+    are means already (after ``jax.lax.pmean``, for instance). Norms at a leaf that is masked out
+    are ignored, so that :func:`optax.masked` and :func:`optax.partition` need no further argument.
+
+    Args:
+      trust_coefficient: factor of the ratio.
+      max_trust_ratio: its upper bound; ``float("inf")`` for none.
+      eps: added to the mean norm.
+
+    Returns:
+      The corresponding :class:`optax.GradientTransformationExtraArgs`.
+
+    Raises:
+      ValueError: if an argument is negative or NaN; from ``update`` if ``params`` or
+        ``example_grad_norms`` is missing, or the norms do not fit the parameters.
+
+    Example:
+      >>> import clars_optax
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> tx = clars_optax.scale_by_clars(trust_coefficient=1.0, max_trust_ratio=1.0)
+      >>> w, xs = jnp.array([3.0, 4.0]), jnp.array([[6.0, 8.0], [0.0, 10.0]])
+      >>> example_grads = jax.vmap(jax.grad(jnp.vdot), in_axes=(None, 0))(w, xs)
+      >>> norms = jnp.linalg.norm(example_grads, axis=1)
+      >>> updates, _ = tx.update(example_grads.mean(0), tx.init(w), w, example_grad_norms=norms)
+      >>> [f"{u:.3f}" for u in updates]  # half of the gradient [3, 9]
+      ['1.500', '4.500']
+    """
+    _check_non_negative(
+        trust_coefficient=trust_coefficient, max_trust_ratio=max_trust_ratio, eps=eps
+    )
+
+    def init_fn(params: Any) -> optax.EmptyState:
+        del params
+        return optax.EmptyState()
+
+    def update_fn(
+        updates: Any,
+        state: optax.EmptyState,
+        params: Any = None,
+        *,
+        example_grad_norms: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Any, optax.EmptyState]:
+        del extra_args
+        if params is None:
+            raise ValueError(
+                "`params` is missing: CLARS scales each update by the norm of its parameter. Call "
+                "`tx.update(grads, state, params, example_grad_norms=norms)`."
+            )
+        if example_grad_norms is None:
+            raise ValueError(
+                "`example_grad_norms` is missing: CLARS needs the norms of the per-example "
+                "gradients. Get them from `clars_optax.value_and_grad_and_norms` and call "
+                "`tx.update(grads, state, params, example_grad_norms=norms)`. If you did, a wrapper"
+                " drops extra arguments, as `optax.MultiSteps.gradient_transformation()` and "
+                "`TrainState.apply_gradients` of Flax do."
+            )
+        # A parameter that has no update needs no norm either.
+        live = jax.tree.map(lambda u, p: u if is_hole(u) else p, updates, params, is_leaf=is_hole)
+
+        def scale(update: Any, param: Any, norm: Any) -> Any:
+            if is_hole(norm):
+                return update
+            ratio = trust_ratio(param, jnp.mean(norm), trust_coefficient, max_trust_ratio, eps)
+            dtype = jnp.result_type(update)
+            wide = dtype if jnp.finfo(dtype).bits > 32 else jnp.float32
+            return (jnp.asarray(update, wide) * ratio.astype(wide)).astype(dtype)
+
+        norms = match_norms(live, example_grad_norms)
+        return jax.tree.map(scale, updates, live, norms, is_leaf=is_hole), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def clars(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: ArrayLike = 0.9,
+    nesterov: bool = False,
+    weight_decay: optax.ScalarOrSchedule = 0.0,
+    weight_decay_mask: Any = default_mask,
+    trust_coefficient: ArrayLike = 0.01,
+    max_trust_ratio: ArrayLike = 0.1,
+    eps: ArrayLike = 1e-6,
+    trust_ratio_mask: Any = default_mask,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Complete layer-wise adaptive rate scaling: large batches without warmup.
+
+    For a leaf :math:`w` with gradient :math:`g` and per-example gradients :math:`g_i`, with
+    :math:`\mu` the momentum, :math:`\lambda` the weight decay and :math:`\gamma` the learning rate:
+
+    .. math::
+      m &\leftarrow \mu m + g + \lambda w \\
+      r &= \min\left(\text{max\_trust\_ratio},\; \text{trust\_coefficient} \cdot
+           \frac{\|w\|}{\frac{1}{N} \sum_i \|g_i\| + \text{eps}}\right) \\
+      w &\leftarrow w - \gamma\, r\, m
+
+    LARS divides by the norm of the mean gradient instead, which is never larger: where the examples
+    disagree, as they do early in training, CLARS takes smaller steps by itself. The ratio stands
+    outside the momentum buffer, and the decay stays out of the norms. :func:`scale_by_clars` lists
+    the edge cases.
+
+    .. warning::
+      :class:`optax.MultiSteps` averages the gradients of its mini-steps, but hands on only the last
+      mini-step's norms. Accumulate with ``microbatch_size`` of
+      :func:`clars_optax.value_and_grad_and_norms` instead, and call ``update`` once.
+
+    **Clipping.** Take the norms of the unclipped gradients, and clip after the ratio has made use
+    of them: ``optax.chain(clars(...), optax.clip_by_global_norm(...))`` bounds the step.
+
+    **Padded or weighted losses.** With ``loss_reduction="sum"`` on the unnormalised loss, sum
+    the gradients, the norms and the weights over micro-batches and devices, then divide all
+    three by the sum of the weights before calling ``update``.
+
+    **Several devices.** For "mean" losses with equal shards the mean is exact:
+    ``jax.lax.pmean(jax.tree.map(jnp.mean, norms), axis_name)``.
+
+    **Changing hyperparameters.** Masks are callables, but no schedules::
+
+      masks = ("weight_decay_mask", "trust_ratio_mask")
+      tx = optax.inject_hyperparams(clars_optax.clars, static_args=masks)(learning_rate=0.1)
+
+    Args:
+      learning_rate: a global factor, fixed or a schedule.
+      momentum: decay rate of the momentum buffer.
+      nesterov: whether to use Nesterov momentum.
+      weight_decay: factor of the parameters that are added to the gradients, fixed or a schedule.
+      weight_decay_mask: True where weights decay: a bool, a tree (or a prefix of one) like the
+        parameters, or a callable that returns one given the parameters or the updates.
+      trust_coefficient: factor of the trust ratio.
+      max_trust_ratio: upper bound of the trust ratio.
+      eps: added to the mean norm.
+      trust_ratio_mask: likewise, True where the ratio is used; elsewhere it is 1.
+
+    Returns:
+      The corresponding :class:`optax.GradientTransformationExtraArgs`, whose ``update`` takes the
+      norms as ``example_grad_norms``.
+
+    Raises:
+      ValueError: as :func:`scale_by_clars`.
+
+    Example:
+      >>> import clars_optax
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> def loss_fn(params, batch):
+      ...   return jnp.mean((batch["x"] @ params["kernel"] - batch["y"]) ** 2)
+      >>> batch = {"x": jnp.eye(4), "y": jnp.ones((4, 2))}
+      >>> params = {"kernel": jnp.full((4, 2), 0.1)}
+      >>> tx = clars_optax.clars(learning_rate=50.0)
+      >>> state = tx.init(params)
+      >>> step = clars_optax.value_and_grad_and_norms(loss_fn)
+      >>> for _ in range(5):
+      ...   loss, grads, norms = step(params, batch)
+      ...   updates, state = tx.update(grads, state, params, example_grad_norms=norms)
+      ...   params = optax.apply_updates(params, updates)
+      ...   print(f"{loss:.3f}")
+      0.810
+      0.766
+      0.664
+      0.466
+      0.129
+
+    References:
+      Huo et al., `Large Batch Training Does Not Need Warmup
+      <https://arxiv.org/abs/2002.01576>`_, 2020
+    """
+    chain = optax.chain(
+        optax.add_decayed_weights(weight_decay, mask=weight_decay_mask),
+        optax.trace(decay=momentum, nesterov=nesterov),
+        optax.masked(scale_by_clars(trust_coefficient, max_trust_ratio, eps), trust_ratio_mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+    def update_fn(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        new_updates, new_state = chain.update(updates, state, params, **extra_args)
+        # Hyperparameters that are arrays (`inject_hyperparams`) promote bfloat16 leaves, and a
+        # state that changes its dtype recompiles the step and cannot be carried by `lax.scan`.
+        return _cast_like(new_updates, updates), _cast_like(new_state, state)
+
+    return optax.GradientTransformationExtraArgs(chain.init, update_fn)
+
+
+def from_example_grads(
+    tx: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+    """Lets an optimizer that needs per-example gradient norms take per-example gradients.
+
+    Each leaf of the updates carries the N examples on its first axis. ``tx`` gets their mean as its
+    updates and the norm of every example's gradient, float32 of shape [N], as
+    ``example_grad_norms``. Parameters and state are those of ``tx``.
+
+    Args:
+      tx: the optimizer, :func:`clars` for instance.
+
+    Returns:
+      The corresponding :class:`optax.GradientTransformationExtraArgs`.
+
+    Raises:
+      ValueError: from ``update`` if the leaves do not share a leading axis.
+
+    Example:
+      >>> import clars_optax
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> tx = clars_optax.from_example_grads(clars_optax.clars(learning_rate=1.0))
+      >>> params, xs = jnp.eye(2), jnp.array([[1.0, 2.0], [3.0, 4.0]])
+      >>> loss_fn = lambda w, x: jnp.sum((w @ x) ** 2)
+      >>> example_grads = jax.vmap(jax.grad(loss_fn), in_axes=(None, 0))(params, xs)
+      >>> updates, state = tx.update(example_grads, tx.init(params), params)
+      >>> updates.shape
+      (2, 2)
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def update_fn(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        shapes = [
+            (leaf_name(p), jnp.shape(g)) for p, g in jax.tree_util.tree_leaves_with_path(updates)
+        ]
+        if len({shape[:1] for _, shape in shapes}) > 1 or any(not sum(s[:1]) for _, s in shapes):
+            raise ValueError(
+                "`from_example_grads` expects per-example gradients: updates whose leaves all have "
+                f"the examples on their first axis. Got {listed(f'{p}: {s}' for p, s in shapes)}. "
+                "Get them from `jax.vmap(jax.grad(loss_fn), in_axes=(None, 0))`."
+            )
+        norms = jax.tree.map(jax.vmap(l2_norm), updates)
+        means = jax.tree.map(lambda g: jnp.mean(g, axis=0), updates)
+        return tx.update(means, state, params, example_grad_norms=norms, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
+
+
+def _check_non_negative(**arguments: ArrayLike) -> None:
+    for name, value in arguments.items():
+        # Arrays may be traced, as they are under `inject_hyperparams`.
+        if isinstance(value, int | float) and (math.isnan(value) or value < 0):
+            raise ValueError(f"`{name}` is {value}: expected is a number of at least 0.")
+
+
+def _cast_like(tree: Any, other: Any) -> Any:
+    return jax.tree.map(lambda x, y: jnp.asarray(x, jnp.result_type(y)), tree, other)

@@ -1,0 +1,101 @@
+"""The trust ratio of a leaf, and the norms that belong to each leaf."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+
+def trust_ratio(
+    param: jax.Array,
+    mean_norm: jax.Array,
+    trust_coefficient: ArrayLike,
+    max_trust_ratio: ArrayLike,
+    eps: ArrayLike,
+) -> jax.Array:
+    """Computes the ratio of one leaf, a float32 scalar, as in the table of `scale_by_clars`."""
+    trust_coefficient, max_trust_ratio, eps, mean_norm = (
+        jnp.asarray(x, jnp.float32) for x in (trust_coefficient, max_trust_ratio, eps, mean_norm)
+    )
+    param_norm = l2_norm(param)
+    is_zero = (param_norm == 0) | (mean_norm == 0)
+    # The denominator is replaced, not only the quotient, lest a gradient through it be NaN.
+    ratio = trust_coefficient * param_norm / jnp.where(is_zero, 1.0, mean_norm + eps)
+    ratio = jnp.minimum(max_trust_ratio, jnp.where(is_zero, 1.0, ratio))
+    return jnp.where(jnp.isfinite(mean_norm), ratio, jnp.nan)
+
+
+def match_norms(params: Any, norms: Any, argument: str = "example_grad_norms") -> Any:
+    """Returns a tree like `params` of checked vectors or scalars; what is masked stays so."""
+    treedef: Any
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_hole)
+    try:
+        candidates = treedef.flatten_up_to(norms)
+    except (TypeError, ValueError):
+        # Norms of the live leaves only, or in other containers (a FrozenDict, a Flax NNX State).
+        named = jax.tree_util.tree_leaves_with_path(norms, is_leaf=is_hole)
+        by_name = {key_names(path): norm for path, norm in named}
+        candidates = [by_name.get(key_names(path)) for path, _ in leaves]
+    matches = [(path, leaf, norm) for (path, leaf), norm in zip(leaves, candidates, strict=True)]
+
+    missing = [p for p, leaf, norm in matches if not is_hole(leaf) and not is_array(norm)]
+    if missing:
+        raise ValueError(
+            f"`{argument}` has no norm for {listed(map(leaf_name, missing))}. It must be a "
+            "tree like `params`, with a vector of norms, or a scalar array, their mean, at each "
+            "leaf."
+        )
+    return treedef.unflatten(
+        leaf if is_hole(leaf) else _checked_norm(norm, f"`{argument}` at {leaf_name(path)}")
+        for path, leaf, norm in matches
+    )
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """Says where a leaf is, for error messages."""
+    return jax.tree_util.keystr(path) or "the root"
+
+
+def _checked_norm(norm: Any, name: str) -> jax.Array:
+    dtype, shape = jnp.result_type(norm), jnp.shape(norm)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"{name} has dtype {dtype}: expected are norms, floating-point numbers. Convert them "
+            "to float32."
+        )
+    if len(shape) > 1 or 0 in shape:
+        raise ValueError(
+            f"{name} has shape {shape}: expected is a vector, one norm per example or group, or a "
+            "scalar, their mean. If these are the per-example gradients themselves, use "
+            "`clars_optax.from_example_grads`."
+        )
+    return jnp.asarray(norm, jnp.float32)
+
+
+def l2_norm(x: jax.Array) -> jax.Array:
+    squares = jnp.sum(jnp.square(jnp.asarray(x, jnp.float32)))
+    is_zero = squares == 0  # where the square root has no derivative
+    return jnp.where(is_zero, 0.0, jnp.sqrt(jnp.where(is_zero, 1.0, squares)))
+
+
+def is_array(x: Any) -> bool:
+    return hasattr(x, "dtype") or isinstance(x, complex | float | int)
+
+
+def is_hole(node: Any) -> bool:
+    return node is None or isinstance(node, optax.MaskedNode)
+
+
+def key_names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
+def listed(names: Iterable[str], limit: int = 8) -> str:
+    names = list(names)
+    more = [f"and {len(names) - limit} more"] if len(names) > limit else []
+    return ", ".join(names[:limit] + more)

@@ -1,0 +1,129 @@
+"""Where a parameter can be followed, and what to say where it cannot."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from clars_optax.norms._batch_axes import COLLECTIVES, ELEMENTWISE
+from clars_optax.norms._layout import Layout
+from clars_optax.norms._program import Operation, Value
+
+# Where examples stay apart, on the conditions in `_mixes`.
+_LOCAL = ELEMENTWISE | frozenset(
+    """
+    broadcast_in_dim concatenate conv_general_dilated dot_general gather pad reduce_max reduce_min
+    reduce_prod reduce_sum reshape squeeze tile transpose
+    """.split()
+)
+
+# Linear in one operand: a sum with a term of parameters alone may pass through on its way to the
+# loss.
+_ADDITIVE = COLLECTIVES | frozenset(
+    """
+    add add_any broadcast_in_dim convert_element_type copy neg reduce_sum reshape
+    sharding_constraint squeeze sub
+    """.split()
+)
+
+
+class Obstacle(NamedTuple):
+    """Why a value that comes from parameters cannot be followed through an operation."""
+
+    kind: type[Exception]
+    reason: str
+
+    def error(self, operation: Operation, paths: frozenset[str]) -> Exception:
+        """The error that names the parameters and the operation."""
+        names = ", ".join(sorted(paths))
+        return self.kind(
+            f"No per-example gradient norms for {names}: in {operation.where} {self.reason}"
+        )
+
+
+EXCHANGED = Obstacle(
+    NotImplementedError,
+    "a parameter is exchanged between devices, which would add up the examples of all of them. "
+    "Inside jax.shard_map, mark the parameters as varying before the call: params = "
+    "jax.lax.pcast(params, axis_name, to='varying'), and average the gradients after it.",
+)
+TRACED_DIFFERENTLY = Obstacle(
+    ValueError,
+    "the loss is traced differently at twice the batch size. Make its computation the same for "
+    "every batch size.",
+)
+TWO_BATCH_AXES = Obstacle(
+    ValueError,
+    "the parameter meets values with two batch axes, such as the logits of all pairs of "
+    "examples; it is not defined which example's copy would be used. Scale the embeddings "
+    "before their product instead.",
+)
+UNSUPPORTED = Obstacle(
+    NotImplementedError,
+    "the parameter meets the batch, which is not supported for this primitive. Apply the "
+    "parameter outside of it, or take it out of argnums.",
+)
+MIXED = Obstacle(
+    ValueError,
+    "the parameter meets the batch where examples are mixed. Apply the parameter to each "
+    "example on its own.",
+)
+AFTER_THE_MEAN = Obstacle(
+    ValueError,
+    "the parameter meets a value that is reduced over the batch, other than by addition, so "
+    "that it has no per-example gradient. Apply it to each example before the mean.",
+)
+
+
+def find_obstacle(
+    operation: Operation, layouts: Mapping[Value, Layout], pairs: Mapping[Value, Value]
+) -> Obstacle | None:
+    """Checks an operation that a value from parameters enters."""
+    operands = [layouts[value] for value in operation.operands]
+    every = [*operands, *(layouts[value] for value in operation.outputs)]
+    if operation.name in COLLECTIVES:
+        return EXCHANGED
+    if not any(layout.carries_batch for layout in every):
+        return None
+    if any(value.from_batch and value not in pairs for value in operation.outputs):
+        return TRACED_DIFFERENTLY
+    problem = next((layout.problem for layout in every if layout.problem is not None), None)
+    if problem is not None:
+        return Obstacle(
+            NotImplementedError,
+            f"the parameter meets values in which the batch cannot be followed ({problem}). Apply "
+            "the parameter where one axis is the batch.",
+        )
+    if any(layout.is_crossed for layout in every):
+        return TWO_BATCH_AXES
+    if operation.name not in _LOCAL:
+        return UNSUPPORTED
+    return MIXED if _mixes(operation, operands) else None
+
+
+def _mixes(operation: Operation, layouts: Sequence[Layout]) -> bool:
+    """Whether one example's result depends on another's operand."""
+    name, params = operation.name, operation.params
+    axes = [layout.batch_axes for layout in layouts]
+    if name == "dot_general":
+        contracted, batched = params["dimension_numbers"]
+        return any(axes[side] & {*contracted[side]} for side in (0, 1)) or any(
+            layouts[0].axes[i] != layouts[1].axes[j] and (i in axes[0] or j in axes[1])
+            for i, j in zip(*batched, strict=True)
+        )
+    if name == "concatenate":
+        return any(params["dimension"] in carried for carried in axes)
+    if name == "gather":
+        return bool(axes[0])
+    if name == "pad":
+        return any(params["padding_config"][axis] != (0, 0, 0) for axis in axes[0])
+    if name.startswith("reduce_") and "axes" in params:
+        return bool(axes[0] & {*params["axes"]})
+    return False
+
+
+def is_additive(operation: Operation) -> bool:
+    """Whether terms that are added before the operation are added after it."""
+    reached = [v for v in operation.arguments if v.from_batch or v.from_params]
+    scaled = operation.name == "mul" or (
+        operation.name == "div" and operation.operands[0] in reached
+    )
+    return operation.name in _ADDITIVE or (scaled and len(reached) == 1)

@@ -1,0 +1,267 @@
+"""The custom derivatives that let per-example cotangents reach a parameter.
+
+Imagine that every example (or group of examples) used a copy of its own of each parameter. Since
+the copies are equal, the forward pass needs none of them: a value computed from parameters is kept
+once, as it always was. Beside it goes its *shadow*, an array with one row per copy, which the
+forward pass never reads, so that the compiler drops it. The shadow exists for its cotangent, whose
+row i is the cotangent of copy i.
+
+- `fan_out` makes the shadow of a parameter. Backward, it adds the rows up to the parameter's
+  gradient and hands their squared norms to its second argument, the tap.
+- `carry` runs the shadows through an operation on parameters alone.
+- `meet` is the frontier: an operation in which such a value meets the batch. Backward, it forms the
+rows.
+- `spread` gives a term of parameters alone that is added to the loss to every example.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from clars_optax.norms._layout import Layout, split_examples, split_groups
+from clars_optax.norms._program import Operation
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the rows of a shadow stand for.
+
+    Usually the groups of `group_size` examples, and one more row for the examples whose norms are
+    not asked for. `by_example`: all N examples, for a batch that is split over several axes, where
+    a group has no place of its own.
+    """
+
+    num_examples: int
+    group_size: int
+    num_norm_examples: int
+    is_mean: bool
+    by_example: bool = False
+
+    @property
+    def num_groups(self) -> int:
+        """How many norms there are."""
+        return self.num_norm_examples // self.group_size
+
+    @property
+    def has_rest(self) -> bool:
+        """Whether some examples are in no group."""
+        return self.num_norm_examples < self.num_examples
+
+    @property
+    def count(self) -> int:
+        """How many rows there are."""
+        return self.num_examples if self.by_example else self.num_groups + self.has_rest
+
+    def cut(self, x: jax.Array, layout: Layout) -> tuple[jax.Array, jax.Array | None]:
+        """One entry per row along a new first axis; the rest of the batch by itself."""
+        if self.by_example:
+            return split_examples(x, layout, self.num_examples), None
+        return split_groups(x, layout, num_groups=self.num_groups, group_size=self.group_size)
+
+    def squared_norms(self, rows: jax.Array) -> jax.Array:
+        """The squared norm of each group's gradient, float32 `[num_groups]`."""
+        if self.by_example:
+            shape = (self.num_groups, self.group_size, *rows.shape[1:])
+            rows = rows[: self.num_norm_examples].reshape(shape).sum(axis=1)
+        # The rows are shares of the gradient of the loss. Scaling comes first: a square would
+        # underflow.
+        scale = (self.num_examples if self.is_mean else 1) / self.group_size
+        gradients = rows[: self.num_groups].astype(jnp.float32) * scale
+        return jnp.sum(jnp.square(gradients), axis=tuple(range(1, gradients.ndim)))
+
+    def shares(self) -> jax.Array:
+        """The part of the batch that each row stands for, float32 `[count]`."""
+        if self.by_example:
+            sizes = [1] * self.num_examples
+        else:
+            sizes = [self.group_size] * self.num_groups
+            sizes += [self.num_examples - self.num_norm_examples] * self.has_rest
+        return jnp.asarray(sizes, jnp.float32) / self.num_examples
+
+
+def fan_out(parameter: jax.Array, tap: jax.Array, rows: Rows) -> jax.Array:
+    """The shadow of a parameter; the cotangent of `tap` is the squared norms of the groups."""
+
+    @jax.custom_vjp
+    def copies(parameter: jax.Array, tap: jax.Array) -> jax.Array:
+        del tap
+        return jnp.broadcast_to(parameter, (rows.count, *parameter.shape))
+
+    def backward(_: None, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return cotangent.sum(axis=0), rows.squared_norms(cotangent)
+
+    copies.defvjp(lambda parameter, tap: (copies(parameter, tap), None), backward)
+    return copies(parameter, tap)
+
+
+def spread(value: jax.Array, shadow: jax.Array, rows: Rows) -> jax.Array:
+    """A value of parameters alone, whose cotangent belongs to all examples in equal parts."""
+
+    @jax.custom_vjp
+    def run(value: jax.Array, shadow: jax.Array) -> jax.Array:
+        del shadow
+        return value
+
+    def backward(_: None, cotangent: jax.Array) -> tuple[None, jax.Array]:
+        shares = rows.shares().reshape(rows.count, *[1] * cotangent.ndim)
+        return None, (shares * cotangent).astype(cotangent.dtype)
+
+    run.defvjp(lambda value, shadow: (run(value, shadow), None), backward)
+    return run(value, shadow)
+
+
+@dataclass(frozen=True)
+class Use:
+    """An operation that some values with shadows enter.
+
+    `shadowed` are the positions, among the operation's arguments, of the values with shadows;
+    `active` those of the other arguments to which a gradient flows.
+    """
+
+    operation: Operation
+    layouts: tuple[Layout, ...]
+    output_layouts: tuple[Layout, ...]
+    shadowed: tuple[int, ...]
+    active: tuple[int, ...]
+
+    def local(self, arguments: Sequence[Any], examples: int | None) -> list[Any]:
+        """The differentiable results for some of the examples; None: for all of them."""
+        changed: dict[str, Any] = {}
+        if examples is not None:
+            # Where the primitive's own parameters hold the batch size.
+            shape = self.output_layouts[0].local_shape(examples)
+            match self.operation.name:
+                case "broadcast_in_dim":
+                    changed["shape"] = shape
+                case "reshape":
+                    changed["new_sizes"] = shape
+                case "tile":
+                    before = self.layouts[0].local_shape(examples)
+                    changed["reps"] = tuple(a // b for a, b in zip(shape, before, strict=True))
+        return self.differentiable(self.operation.apply(*arguments, **changed))
+
+    def differentiable(self, outputs: Sequence[Any]) -> list[Any]:
+        """Those of the outputs that have a gradient."""
+        kept = zip(self.operation.outputs, outputs, strict=True)
+        return [output for value, output in kept if value.is_differentiable]
+
+    def pull(
+        self,
+        arguments: Sequence[Any],
+        cotangents: list[Any],
+        wanted: Sequence[int],
+        examples: int | None = None,
+    ) -> tuple[Any, ...]:
+        """The cotangents of the wanted arguments; `examples` as in `local`."""
+
+        def run(*changed: Any) -> list[Any]:
+            everything = list(arguments)
+            for index, x in zip(wanted, changed, strict=True):
+                everything[index] = x
+            return self.local(everything, examples)
+
+        _, pull = jax.vjp(run, *(arguments[index] for index in wanted))
+        return pull(cotangents)
+
+    def pull_rows(
+        self, arguments: Sequence[Any], cotangents: list[Any], wanted: Sequence[int], rows: Rows
+    ) -> list[Any]:
+        """`pull` for every row: cotangents come in, and go out, with one row per copy.
+
+        A cotangent is a pair of the rows and, where the last one has a shape of its own, that one.
+        """
+        cut = [
+            rows.cut(argument, layout) if layout.carries_batch else None
+            for argument, layout in zip(arguments, self.layouts, strict=True)
+        ]
+        shared = [x if part is None else None for x, part in zip(arguments, cut, strict=True)]
+
+        def joined(mapped: list[Any]) -> list[Any]:
+            return [
+                other if own is None else own for own, other in zip(mapped, shared, strict=True)
+            ]
+
+        examples = 1 if rows.by_example else rows.group_size
+        pulled = jax.vmap(
+            lambda mapped, cotangent: self.pull(joined(mapped), cotangent, wanted, examples)
+        )([part and part[0] for part in cut], [cotangent[0] for cotangent in cotangents])
+        if all(cotangent[1] is None for cotangent in cotangents):
+            return list(pulled)
+        last = self.pull(
+            joined([part and part[1] for part in cut]),
+            [cotangent[1] for cotangent in cotangents],
+            wanted,
+            rows.num_examples - rows.num_norm_examples,
+        )
+        return [jnp.concatenate([x, y[None]]) for x, y in zip(pulled, last, strict=True)]
+
+    def gather(self, index: int, argument: Any, cotangents: jax.Array, rows: Rows) -> Any:
+        """The cotangent of an argument from those of its entries per row."""
+        layout = self.layouts[index]
+        if not layout.carries_batch:
+            return cotangents.sum(axis=0)
+        _, pull = jax.vjp(lambda x: rows.cut(x, layout)[0], argument)
+        return pull(cotangents)[0]
+
+    def placed(self, shadowed: Sequence[Any], active: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        """Cotangents for the shadows and for the arguments, None where no gradient flows."""
+        places = dict(zip(self.active, active, strict=True))
+        return list(shadowed), [places.get(i) for i in range(len(self.operation.arguments))]
+
+
+def meet(use: Use, shadows: Sequence[jax.Array], arguments: Sequence[Any], rows: Rows) -> list[Any]:
+    """An operation in which values with shadows meet the batch: the operation itself, forward."""
+
+    @jax.custom_vjp
+    def run(shadows: Sequence[jax.Array], arguments: Sequence[Any]) -> list[Any]:
+        del shadows
+        return use.operation.apply(*arguments)
+
+    def backward(arguments: list[Any], cotangents: list[Any]) -> tuple[list[Any], list[Any]]:
+        cotangents = use.differentiable(cotangents)
+        active = use.pull(arguments, cotangents, use.active)
+        layouts = use.differentiable(use.output_layouts)
+        cut = [rows.cut(x, layout) for x, layout in zip(cotangents, layouts, strict=True)]
+        return use.placed(use.pull_rows(arguments, cut, use.shadowed, rows), active)
+
+    run.defvjp(lambda shadows, arguments: (run(shadows, arguments), arguments), backward)
+    return run(list(shadows), list(arguments))
+
+
+def carry(
+    use: Use, shadows: Sequence[jax.Array], arguments: Sequence[Any], rows: Rows
+) -> list[jax.Array]:
+    """The shadows of the results of an operation that does not meet the whole batch."""
+
+    def shadow(output: jax.Array, layout: Layout) -> jax.Array:
+        if layout.carries_batch:
+            return rows.cut(output, layout)[0]
+        return jnp.broadcast_to(output, (rows.count, *output.shape))
+
+    @jax.custom_vjp
+    def run(shadows: Sequence[jax.Array], arguments: Sequence[Any]) -> list[jax.Array]:
+        del shadows
+        outputs = use.operation.apply(*arguments)
+        return [shadow(x, layout) for x, layout in zip(outputs, use.output_layouts, strict=True)]
+
+    def backward(arguments: list[Any], cotangents: list[Any]) -> tuple[list[Any], list[Any]]:
+        cotangents = use.differentiable(cotangents)
+        if not any(layout.carries_batch for layout in use.layouts):
+            # The map is linear and the same for all rows: their sum can be pulled back at once.
+            total = [x.sum(axis=0) for x in cotangents]
+            active = use.pull(arguments, total, use.active)
+            pulled = use.pull_rows(arguments, [(x, None) for x in cotangents], use.shadowed, rows)
+            return use.placed(pulled, active)
+        wanted = (*use.shadowed, *use.active)
+        pulled = use.pull_rows(arguments, [(x, None) for x in cotangents], wanted, rows)
+        gathered = [
+            use.gather(index, arguments[index], x, rows)
+            for index, x in zip(use.active, pulled[len(use.shadowed) :], strict=True)
+        ]
+        return use.placed(pulled[: len(use.shadowed)], gathered)
+
+    run.defvjp(lambda shadows, arguments: (run(shadows, arguments), arguments), backward)
+    return run(list(shadows), list(arguments))

@@ -1,0 +1,304 @@
+"""The public transformation: arguments, and a batch or micro-batches of it."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from clars_optax.norms import _arguments
+from clars_optax.norms._batch_axes import follow
+from clars_optax.norms._interpreter import Plan, run
+from clars_optax.norms._layout import leading
+from clars_optax.norms._microbatches import Result, accumulate, find_aux_axes
+from clars_optax.norms._program import Program
+from clars_optax.norms._taps import Rows
+
+
+def value_and_grad_and_norms(
+    loss_fn: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    batch_argnums: int | Sequence[int] = 1,
+    rng_argnums: int | Sequence[int] = (),
+    group_size: int = 1,
+    num_norm_examples: int | None = None,
+    microbatch_size: int | None = None,
+    loss_reduction: Literal["mean", "sum"] = "mean",
+    method: Literal["auto", "generic"] = "auto",
+) -> Callable[..., tuple[Any, Any, Any]]:
+    r"""`jax.value_and_grad` that also returns the norms of the per-example gradients of every leaf.
+
+    Imagine that every example :math:`i` used a copy :math:`W_i` of its own of each parameter. Its
+    gradient is
+
+    .. math:: g_i = N \, \partial L / \partial W_i
+
+    for a loss :math:`L` that is a mean over N examples, and :math:`\partial L / \partial W_i` for a
+    sum, so that the mean (or the sum) of the :math:`g_i` is the gradient, whatever couples the
+    examples. Where nothing couples them, :math:`g_i` is the gradient of example i alone. With
+    train-mode BatchNorm it is example i's contribution through the statistics of the batch that it
+    is in, which is *not* the gradient that a batch of one would give. Example i is position i along
+    axis 0 of the batch arguments, and of what the loss makes of them.
+
+    The model is taken as it is, BatchNorm, shared weights and all. It is traced at the batch size
+    and at twice the batch size, which shows where the batch is in every intermediate value; what
+    the engine cannot follow is an error that names the operation and the parameter, never a wrong
+    or a missing norm. Not followed yet, if parameters enter: `scan`, `while_loop` and `cond` that
+    meet the batch, `jax.checkpoint`, `custom_vjp` functions and kernels that meet the batch.
+
+    Works under `jit`, `vmap`, `pmap` and inside `jax.shard_map`, where the parameters must be
+    marked as varying (`jax.lax.pcast(params, axis_name, to="varying")`). Over devices with equal
+    shares of a batch, `jax.lax.pmean(jax.tree.map(jnp.mean, norms), axis_name)` is exact for "mean"
+    losses.
+
+    Args:
+      loss_fn: Returns a scalar loss, or a pair of a loss and auxiliary data with `has_aux`.
+      argnums: The positional argument(s) to differentiate with respect to, trees of real
+      floating-point arrays.
+      has_aux: Whether `loss_fn` returns a pair of loss and auxiliary data.
+      batch_argnums: The positional argument(s) that carry the examples, on axis 0 of every leaf.
+      rng_argnums: The positional argument(s) that are random keys, or trees of them. With
+        `microbatch_size`, every key is folded with the micro-batch's index.
+      group_size: Number of examples b in a group. Consecutive runs of b examples take the place of
+        single examples: the gradient of a group is the mean of its members'. It must divide the
+        number of examples; all of them as one group give the norm of the gradient itself.
+      num_norm_examples: Norms of the first so many examples only, a multiple of `group_size`; the
+        value and the gradient are still those of all. None: of all. Inside `pmap` it counts per
+        device.
+      microbatch_size: Number of examples m that are worked on at a time, a multiple of `group_size`
+        that divides the number of examples. None: all at once. BatchNorm statistics, and so the
+        :math:`g_i`, are then those of the micro-batches. The results are those of the whole batch:
+        this is the way to accumulate gradients (`optax.MultiSteps` hands only the last mini-step's
+        norms on).
+      loss_reduction: Whether the loss is the "mean" over the examples, with equal weights, or their
+        "sum". For a padded or weighted loss use "sum" on the unnormalised loss; sum gradients,
+        norms and weights over devices, and divide all three by the sum of the weights.
+      method: "auto" uses the fastest way that is exact; "generic" has no special rule for any kind
+        of layer. For now both are the same.
+
+    Returns:
+      A function of the same arguments as `loss_fn` that returns `(value, grads, norms)`, or
+      `((value, aux), grads, norms)` with `has_aux`. `value` and `grads` are those of
+      `jax.value_and_grad`. `norms` is a tree like `grads` whose leaves are float32 `[number of
+      groups]`, in the order of the examples. A leaf that the loss does not use, or only behind
+      `stop_gradient`, has zeros. With `microbatch_size`, auxiliary arrays that carry the batch on
+      an axis are concatenated along it in order, and other floating-point arrays are averaged.
+
+      The norms are those of the loss's own gradients: clip gradients after their use, not before. A
+      term of parameters alone that is added to the loss (L2 regularisation) belongs to every
+      example and is in its norm; the `weight_decay` of `clars_optax.clars` stays out of it.
+
+    Raises:
+      TypeError: An option or a parameter has the wrong type.
+      ValueError: Options and batch do not fit; the loss is not a scalar; a parameter has no
+        per-example gradient, such as a temperature that divides the mean loss (apply it before the
+        mean).
+      NotImplementedError: A parameter enters an operation that the engine cannot follow.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import clars_optax
+      >>> def loss_fn(params, x, y):
+      ...     return jnp.mean((x @ params["w"] + params["b"] - y) ** 2)
+      >>> params = {"w": jnp.array([1.0, -1.0]), "b": jnp.array(0.5)}
+      >>> x = jnp.array([[3.0, 4.0], [0.0, 2.0]])
+      >>> y = jnp.array([0.5, 0.5])
+      >>> step = clars_optax.value_and_grad_and_norms(loss_fn, batch_argnums=(1, 2))
+      >>> value, grads, norms = jax.jit(step)(params, x, y)
+
+      The residuals are -1 and -2, so example i has the gradients `2 * residual * x` and `2 *
+      residual`:
+
+      >>> print(norms["w"], norms["b"])
+      [10.  8.] [2. 4.]
+      >>> print(grads["w"], grads["b"])
+      [-3. -8.] -3.0
+
+    References:
+      Huo, Gu, Huang: `Large Batch Training Does Not Need Warmup
+      <https://arxiv.org/abs/2002.01576>`_, 2020.
+    """
+    settings = _arguments.Settings(
+        argnums, has_aux, batch_argnums, rng_argnums, group_size, num_norm_examples,
+        microbatch_size, loss_reduction, method,
+    )  # fmt: skip
+
+    @functools.wraps(loss_fn)
+    def step(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+        positions = settings.positions(len(args))
+        _arguments.check_params(args, positions.params)
+        num_examples = _arguments.count_examples(args, positions.batch)
+        num_norms = settings.num_norms(num_examples)
+        if settings.microbatch_size is not None:
+            _arguments.check_keys((*args, kwargs), positions)
+        leaves, treedef = jax.tree.flatten([args[i] for i in positions.params])
+        params = [jnp.asarray(leaf) for leaf in leaves]
+        paths = _arguments.paths(args, positions.params)
+        batch, batch_treedef = jax.tree.flatten([args[i] for i in positions.batch])
+        aux_treedefs: list[Any] = []
+
+        def loss_of_leaves(
+            keys: Sequence[Any], params: Sequence[Any], batch: Sequence[Any]
+        ) -> tuple[Any, list[Any]]:
+            everything = list(args)
+            for where, values in (
+                (positions.rng, keys),
+                (positions.params, jax.tree.unflatten(treedef, params)),
+                (positions.batch, jax.tree.unflatten(batch_treedef, batch)),
+            ):
+                for index, value in zip(where, values, strict=True):
+                    everything[index] = value
+            value, aux = _value_and_aux(loss_fn(*everything, **kwargs), settings.has_aux)
+            leaves, aux_treedef = jax.tree.flatten(aux)
+            aux_treedefs.append(aux_treedef)
+            return value, leaves
+
+        def one_batch(keys: Sequence[Any], batch: Sequence[Any], num_norms: int) -> Result:
+            loss = functools.partial(loss_of_leaves, keys)
+            return _one_batch(loss, params, paths, batch, num_norms, settings)
+
+        keys = [args[i] for i in positions.rng]
+        if settings.microbatch_size is None:
+            result = one_batch(keys, batch, num_norms)
+        else:
+            size = settings.microbatch_size
+            one, two = (
+                jax.eval_shape(loss_of_leaves, keys, params, _resized(batch, n))[1]
+                for n in (size, 2 * size)
+            )
+            aux_paths = [
+                f"aux{jax.tree_util.keystr(path)}"
+                for path, _ in jax.tree_util.tree_leaves_with_path(
+                    jax.tree.unflatten(aux_treedefs[-1], one)
+                )
+            ]
+            result = accumulate(
+                one_batch,
+                find_aux_axes(aux_paths, one, two, size),
+                keys,
+                batch,
+                num_norms=num_norms,
+                microbatch_size=size,
+                is_mean=settings.loss_reduction == "mean",
+            )
+        grads, norms = (
+            tuple(jax.tree.unflatten(treedef, leaves)) for leaves in (result.grads, result.norms)
+        )
+        if not isinstance(settings.argnums, Sequence):
+            grads, norms = grads[0], norms[0]
+        aux = jax.tree.unflatten(aux_treedefs[0], result.aux)
+        value = (result.value, aux) if settings.has_aux else result.value
+        return value, grads, norms
+
+    return step
+
+
+def _resized(batch: Sequence[Any], num_examples: int) -> list[Any]:
+    """The types of a batch with another number of examples."""
+
+    def resize(x: Any) -> Any:
+        copies = -(-num_examples // x.shape[0])
+        return (
+            jax.lax.concatenate([x] * copies, 0)[:num_examples] if copies > 1 else x[:num_examples]
+        )
+
+    return [jax.eval_shape(resize, jnp.asarray(x)) for x in batch]
+
+
+def _value_and_aux(returned: Any, has_aux: bool) -> tuple[Any, Any]:
+    if has_aux and not (isinstance(returned, tuple) and len(returned) == 2):
+        raise TypeError(
+            "With has_aux=True, loss_fn must return a pair of the loss and auxiliary data, got "
+            f"{type(returned).__name__}."
+        )
+    value, aux = returned if has_aux else (returned, None)
+    if not hasattr(value, "dtype"):
+        value = jnp.asarray(value)
+    if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(
+            "loss_fn must return a real floating-point scalar, got "
+            f"{value.dtype}{list(value.shape)}"
+            + ("." if has_aux else "; for a loss with auxiliary data pass has_aux=True.")
+        )
+    return value, aux
+
+
+def _one_batch(
+    loss_fn: Callable[..., tuple[Any, list[Any]]],
+    params: Sequence[Any],
+    paths: Sequence[str],
+    batch: Sequence[Any],
+    num_norms: int,
+    settings: _arguments.Settings,
+) -> Result:
+    num_examples = batch[0].shape[0]
+    if num_norms == 0 or num_examples == 1 or not params:
+        (value, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(list(params), batch)
+        norms = [jnp.linalg.norm(g.astype(jnp.float32).ravel())[None] for g in grads]
+        return Result(value, aux, grads, norms[: len(norms) if num_norms else 0])
+
+    plan = _plan(loss_fn, params, paths, batch)
+    rows = Rows(
+        num_examples,
+        settings.group_size,
+        num_norms,
+        is_mean=settings.loss_reduction == "mean",
+        by_example=plan.is_split,
+    )
+
+    def tapped(params: Sequence[Any], taps: Sequence[Any]) -> tuple[Any, list[Any]]:
+        value, *aux = run(plan, params, taps, batch, rows)
+        return value, aux
+
+    # Made from the parameters, a tap varies over the same mapped axes as they do.
+    taps = [
+        jnp.broadcast_to(jnp.sum(jnp.zeros_like(p), dtype=jnp.float32), (rows.num_groups,))
+        for p in params
+    ]
+    (value, aux), (grads, squares) = jax.value_and_grad(tapped, argnums=(0, 1), has_aux=True)(
+        list(params), taps
+    )
+    return Result(value, aux, grads, [jnp.sqrt(square) for square in squares])
+
+
+def _plan(
+    loss_fn: Callable[..., tuple[Any, list[Any]]],
+    params: Sequence[Any],
+    paths: Sequence[str],
+    batch: Sequence[Any],
+) -> Plan:
+    def flat(params: Sequence[Any], batch: Sequence[Any]) -> list[Any]:
+        value, aux = loss_fn(params, batch)
+        return [value, *aux]
+
+    num_examples = batch[0].shape[0]
+    traced = jax.make_jaxpr(flat)(list(params), batch)
+    try:
+        doubled_jaxpr = jax.make_jaxpr(flat)(list(params), _resized(batch, 2 * num_examples))
+    except Exception as error:
+        raise ValueError(
+            f"loss_fn works with the batch of {num_examples} examples, but not with "
+            f"{2 * num_examples}, which the norms need to see where the batch is in every "
+            "intermediate value. It probably closes over arrays or numbers that depend on the "
+            "batch size: pass the arrays in arguments of their own, named in batch_argnums, and "
+            f"take sizes from the arrays' shapes. The error was: {error}"
+        ) from error
+    program = Program(traced, num_params=len(params))
+    doubled = Program(doubled_jaxpr, num_params=len(params))
+    inputs = program.inputs
+    layouts, pairs = follow(
+        program,
+        doubled,
+        {value: leading(value.shape) for value in inputs[len(params) :]},
+        num_examples,
+    )
+    return Plan(
+        program,
+        layouts,
+        pairs,
+        dict(zip(inputs[: len(params)], paths, strict=True)),
+        num_examples,
+    )

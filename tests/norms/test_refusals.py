@@ -1,0 +1,179 @@
+"""What has no per-example gradient, or cannot be followed yet, is refused by name, with the
+remedy."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import clars_optax
+from tests.norms.models import normal
+
+PARAMS = {"w": normal(0, 4, 4), "t": jnp.float32(1.5)}
+BATCH = normal(1, 6, 4)
+
+
+def mean_loss(params, x):
+    return jnp.mean(jnp.square(x @ params["w"]))
+
+
+def temperature_after_the_mean(params, x):
+    return mean_loss(params, x) / params["t"]
+
+
+def temperature_times_a_penalised_mean(params, x):
+    return (mean_loss(params, x) + jnp.sum(params["w"] ** 2)) * params["t"]
+
+
+def temperature_on_the_logits_of_pairs(params, x):
+    z = x @ params["w"]
+    return jnp.mean(jax.nn.logsumexp(z @ z.T * params["t"], axis=1))
+
+
+def parameters_as_more_examples(params, x):
+    return jnp.mean(jnp.concatenate([x, params["w"]], axis=0) ** 2)
+
+
+def parameter_on_a_part_of_the_batch(params, x):
+    half = x.shape[0] // 2
+    return jnp.mean(x[:half] @ params["w"]) + jnp.mean(x[half:])
+
+
+def gathered_from_the_batch_into_a_parameter(params, x):
+    return jnp.sum(params["w"].at[jnp.arange(x.shape[0]) % 4].add(x) ** 2)
+
+
+def scan_over_time(params, x):
+    def body(carry, now):
+        return jnp.tanh(carry * params["t"] + now[:, None]), None
+
+    return jnp.mean(jax.lax.scan(body, x, x.T)[0] ** 2)
+
+
+def loop(params, x):
+    return jnp.mean(jax.lax.fori_loop(0, 2, lambda _, h: h @ params["w"], x))
+
+
+def branch(params, x):
+    return jnp.mean(jax.lax.cond(x.sum() > 0, lambda: x @ params["w"], lambda: x))
+
+
+def rematerialised(params, x):
+    return jnp.mean(jax.checkpoint(lambda w, x: jnp.tanh(x @ w))(params["w"], x))
+
+
+@jax.custom_vjp
+def own_backward(w, x):
+    return x @ w
+
+
+own_backward.defvjp(lambda w, x: (x @ w, (w, x)), lambda r, g: (r[1].T @ g, g @ r[0].T))
+
+
+def custom_backward(params, x):
+    return jnp.mean(own_backward(params["w"], x) ** 2)
+
+
+def solve(params, x):
+    return jnp.mean(jax.scipy.linalg.solve_triangular(params["w"], x.T, lower=True))
+
+
+def changes_with_the_batch_size(params, x):
+    h = x @ params["w"]
+    return jnp.mean(
+        h * params["t"] if x.shape[0] > 6 else jnp.sin(h * params["t"] + 1) * params["t"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "message"),
+    [
+        (
+            temperature_after_the_mean,
+            ValueError,
+            r"args\[0\]\['t'\].*`div` .*reduced over the batch.*before the mean",
+        ),
+        (temperature_times_a_penalised_mean, ValueError, r"'t'.*`mul`.*before the mean"),
+        (
+            temperature_on_the_logits_of_pairs,
+            ValueError,
+            r"'t'.*`mul`.*two batch axes.*Scale the embeddings",
+        ),
+        (
+            parameters_as_more_examples,
+            NotImplementedError,
+            r"'w'.*`concatenate`.*one axis is the batch",
+        ),
+        (parameter_on_a_part_of_the_batch, NotImplementedError, r"'w'.*a part of the batch"),
+        (
+            gathered_from_the_batch_into_a_parameter,
+            NotImplementedError,
+            r"'w'.*`scatter-add`.*not supported",
+        ),
+        (scan_over_time, NotImplementedError, r"'t'.*`scan`.*not supported"),
+        (loop, NotImplementedError, r"'w'.*`(scan|while)`.*not supported"),
+        (branch, NotImplementedError, r"'w'.*`cond`.*not supported"),
+        (rematerialised, NotImplementedError, r"'w'.*`(remat2?|checkpoint)`.*not supported"),
+        (custom_backward, NotImplementedError, r"'w'.*`custom_vjp_call.*not supported"),
+        (solve, NotImplementedError, r"'w'.*`triangular_solve`.*not supported"),
+        (changes_with_the_batch_size, ValueError, r"'w'.*traced differently at twice"),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_refused_by_name(loss, error, message):
+    with pytest.raises(error, match=f"(?s){message}"):
+        clars_optax.value_and_grad_and_norms(loss)(PARAMS, BATCH)
+
+
+@pytest.mark.parametrize("loss", [temperature_after_the_mean, scan_over_time, branch])
+def test_nothing_is_refused_for_parameters_that_do_not_enter(loss):
+    """What is refused for a parameter is fine for an argument that is no parameter."""
+
+    def of_weights(w, x, t):
+        return loss({"w": w, "t": t}, x @ w)
+
+    step = clars_optax.value_and_grad_and_norms(of_weights)
+    if loss is branch:
+
+        def of_weights_outside(w, x, t):
+            return loss({"w": jnp.eye(4), "t": t}, x @ w)
+
+        step = clars_optax.value_and_grad_and_norms(of_weights_outside)
+    if loss is temperature_after_the_mean:
+        _, grads, _ = step(PARAMS["w"], BATCH, PARAMS["t"])
+        expected = jax.grad(of_weights)(PARAMS["w"], BATCH, PARAMS["t"])
+        assert jnp.allclose(grads, expected, rtol=1e-5)
+    else:
+        step(PARAMS["w"], BATCH, PARAMS["t"])
+
+
+def test_refused_values_may_be_auxiliary():
+    def loss(params, x):
+        value = mean_loss(params, x)
+        return value, value / params["t"]
+
+    (_, aux), _, norms = clars_optax.value_and_grad_and_norms(loss, has_aux=True)(PARAMS, BATCH)
+    assert jnp.allclose(aux, mean_loss(PARAMS, BATCH) / 1.5)
+    assert jnp.array_equal(norms["t"], jnp.zeros(6))
+
+
+def test_loss_that_closes_over_the_batch():
+    step = clars_optax.value_and_grad_and_norms(
+        lambda params, x: jnp.mean((x - BATCH) @ params["w"])
+    )
+    with pytest.raises(
+        ValueError, match=r"6 examples, but not with 12.*closes over.*batch_argnums"
+    ):
+        step(PARAMS, BATCH)
+
+
+def test_replicated_parameters_in_shard_map():
+    mesh = jax.make_mesh((2,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
+    split, same = jax.P("devices"), jax.P()
+    step = jax.shard_map(
+        clars_optax.value_and_grad_and_norms(mean_loss),
+        mesh=mesh,
+        in_specs=(same, split),
+        out_specs=(split, same, split),
+    )
+    with pytest.raises(NotImplementedError, match=r"(?s)'w'.*between devices.*to='varying'"):
+        step(PARAMS, BATCH)

@@ -1,0 +1,1 @@
+"""Train networks with large batches: `python -m train`."""

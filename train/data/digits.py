@@ -1,0 +1,85 @@
+"""scikit-learn's handwritten digits as a data set of `tensorflow-datasets`, without TensorFlow.
+
+1,797 images of 8x8 pixels with values 0 to 16, from the test part of Alpaydin and Kaynak's
+"Optical Recognition of Handwritten Digits" (UCI, 1998). They come inside scikit-learn's package, so
+nothing is downloaded.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sklearn.datasets
+import sklearn.model_selection
+import tensorflow_datasets as tfds
+
+from train.data.dataset import Dataset, Example
+
+
+class SklearnDigits(tfds.core.GeneratorBasedBuilder):
+    """Four fifths of scikit-learn's digits to train on, one fifth to test on."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="scikit-learn's handwritten digits, split by class into train and test.",
+            features=tfds.features.FeaturesDict(
+                {
+                    # tfds.features.Image would want TensorFlow to encode a PNG.
+                    "image": tfds.features.Tensor(shape=(8, 8, 1), dtype=np.uint8),
+                    "label": tfds.features.ClassLabel(num_classes=10),
+                }
+            ),
+            supervised_keys=("image", "label"),
+            homepage="https://archive.ics.uci.edu/dataset/80",
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, Example]]]:
+        del dl_manager
+        labels = sklearn.datasets.load_digits().target
+        train, test = sklearn.model_selection.train_test_split(
+            np.arange(len(labels)), test_size=DATASET.num_test, stratify=labels, random_state=0
+        )
+        return {"train": self._generate_examples(train), "test": self._generate_examples(test)}
+
+    def _generate_examples(self, indices: np.ndarray) -> Iterator[tuple[int, Example]]:
+        digits = sklearn.datasets.load_digits()
+        for index in indices.tolist():
+            image = digits.images[index].astype(np.uint8)[..., np.newaxis]
+            yield index, {"image": image, "label": int(digits.target[index])}
+
+
+def load(data_dir: Path | None, split: str) -> Sequence[Example]:
+    """Reads a split, which is written first where it is not there yet.
+
+    Args:
+        data_dir: the folder of `tensorflow-datasets`; None for its default.
+        split: "train" or "test".
+
+    Returns:
+        The examples, by index.
+    """
+    builder = SklearnDigits(data_dir=data_dir, file_format="array_record")
+    tfds.disable_progress_bar()
+    try:
+        builder.download_and_prepare()
+    except OSError:
+        # Another process may have put its own, finished, copy in place meanwhile.
+        builder = SklearnDigits(data_dir=data_dir, file_format="array_record")
+        if not builder.is_prepared():
+            raise
+    return builder.as_data_source(split=split)
+
+
+DATASET = Dataset(
+    num_train=1437,
+    num_test=360,
+    num_classes=10,
+    image_shape=(8, 8, 1),
+    mean=(4.88,),
+    std=(6.02,),
+    load=load,
+)

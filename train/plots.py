@@ -1,0 +1,68 @@
+"""The curves of a run, from its metrics."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+
+def plot_curves(
+    lines: Sequence[dict[str, Any]], title: str, layers: Sequence[str], path: Path
+) -> None:
+    """Draws loss, accuracy, learning rate and the layers' trust ratios over the steps.
+
+    Args:
+        lines: the lines of `metrics.jsonl`.
+        title: stands above the curves.
+        layers: the leaves whose trust ratio is drawn, in order of depth.
+        path: where the PNG goes.
+    """
+    train = [line for line in lines if "train_loss" in line]
+    test = [line for line in lines if "test_loss" in line]
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    (loss, accuracy), (rate, ratio) = figure.subplots(2, 2)
+
+    _curve(loss, train, "train_loss", "training batch")
+    _curve(loss, test, "test_loss", "held out", marker=".")
+    loss.set(title="Loss", ylabel="cross-entropy [nats]", yscale="log")
+    loss.legend()
+
+    _curve(accuracy, train, "train_accuracy", "training batch")
+    _curve(accuracy, test, "test_accuracy", "held out", marker=".")
+    accuracy.set(title="Accuracy", ylabel="share of examples")
+    accuracy.legend()
+
+    _curve(rate, train, "learning_rate", "")
+    rate.set(title="Learning rate", ylabel="learning rate")
+
+    steps = [line["step"] for line in train]
+    colours = mpl.colormaps["viridis"](np.linspace(0, 0.95, len(layers)))
+    for layer, colour in zip(layers, colours, strict=True):
+        values = [line["trust_ratio"][layer] for line in train]
+        ratio.plot(steps, values, color=colour, label=layer.removesuffix("/kernel"))
+    ratio.set(title="Trust ratio of each layer", ylabel="trust ratio", yscale="log")
+    figure.legend(
+        *ratio.get_legend_handles_labels(),
+        loc="outside right lower",
+        title="layers, input first",
+        fontsize="small",
+    )
+
+    for axes in (loss, accuracy, rate, ratio):
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+    canvas.print_png(path)
+
+
+def _curve(
+    axes: Axes, lines: Sequence[dict[str, Any]], name: str, label: str, marker: str = ""
+) -> None:
+    steps = [line["step"] for line in lines]
+    axes.plot(steps, [line[name] for line in lines], marker=marker, label=label)
