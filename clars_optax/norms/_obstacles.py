@@ -17,10 +17,10 @@ _LOCAL = ELEMENTWISE | frozenset(
 
 # Linear in one operand: a sum with a term of parameters alone may pass through on its way to the
 # loss.
-_ADDITIVE = COLLECTIVES | frozenset(
+_ADDITIVE = frozenset(
     """
-    add add_any broadcast_in_dim convert_element_type copy neg reduce_sum reshape
-    sharding_constraint squeeze sub
+    add add_any broadcast_in_dim convert_element_type copy neg pbroadcast pcast psum psum2
+    psum_invariant pvary reduce_sum reshape sharding_constraint squeeze sub
     """.split()
 )
 
@@ -122,8 +122,9 @@ def _mixes(operation: Operation, layouts: Sequence[Layout]) -> bool:
 
 def is_additive(operation: Operation) -> bool:
     """Whether terms that are added before the operation are added after it."""
-    reached = [v for v in operation.arguments if v.from_batch or v.from_params]
-    scaled = operation.name == "mul" or (
-        operation.name == "div" and operation.operands[0] in reached
+    reached = [value.from_batch or value.from_params for value in operation.operands]
+    return (
+        operation.name in _ADDITIVE
+        or (operation.name == "mul" and sum(reached) == 1)
+        or (operation.name == "div" and reached == [True, False])
     )
-    return operation.name in _ADDITIVE or (scaled and len(reached) == 1)

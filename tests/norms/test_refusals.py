@@ -24,6 +24,11 @@ def temperature_times_a_penalised_mean(params, x):
     return (mean_loss(params, x) + jnp.sum(params["w"] ** 2)) * params["t"]
 
 
+def square_of_a_penalised_mean(params, x):
+    penalised = mean_loss(params, x) + jnp.sum(params["t"] ** 2)
+    return penalised * penalised
+
+
 def temperature_on_the_logits_of_pairs(params, x):
     z = x @ params["w"]
     return jnp.mean(jax.nn.logsumexp(z @ z.T * params["t"], axis=1))
@@ -92,6 +97,7 @@ def changes_with_the_batch_size(params, x):
             ValueError,
             r"args\[0\]\['t'\].*`div` .*reduced over the batch.*before the mean",
         ),
+        (square_of_a_penalised_mean, ValueError, r"'t'.*`mul`.*before the mean"),
         (temperature_times_a_penalised_mean, ValueError, r"'t'.*`mul`.*before the mean"),
         (
             temperature_on_the_logits_of_pairs,

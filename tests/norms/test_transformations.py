@@ -203,3 +203,25 @@ def test_trains_an_nnx_model_with_batch_norm():
     losses = [float(train_step(model, optimizer, X, Y)) for _ in range(40)]
     assert losses[-1] < 0.3 * losses[0]
     assert not jnp.allclose(model.norm.mean[...], before)
+
+
+def test_padded_losses():
+    """An unnormalised loss, divided by the weights at the end, is that of the real examples."""
+    real = jnp.arange(8) < 5
+
+    def summed(params, x, y, weights):
+        losses = jnp.sum((jnp.tanh(x @ params["w"]) * params["scale"] - y) ** 2, axis=1)
+        return jnp.sum(weights * losses)
+
+    def of_real(params, x, y):
+        return summed(params, x, y, jnp.ones(x.shape[0])) / x.shape[0]
+
+    step = clars_optax.value_and_grad_and_norms(
+        summed, batch_argnums=(1, 2, 3), loss_reduction="sum", microbatch_size=4
+    )
+    value, grads, norms = step(PARAMS, X, Y, real.astype(jnp.float32))
+    sums = (value, grads, jax.tree.map(jnp.sum, norms))
+    found = jax.tree.map(lambda total: total / real.sum(), sums)
+    value, grads, norms = step_of(of_real)(PARAMS, X[:5], Y[:5])
+    expected = (value, grads, jax.tree.map(jnp.mean, norms))
+    chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
