@@ -17,62 +17,58 @@ OptimizerName = Literal["clars", "lars", "sgd"]
 class Config:
     """Train a network with a large batch on all local devices.
 
-    All sizes count examples over all devices together: each device takes an equal share.
+    All sizes count examples over all devices together; each device takes an equal share.
+
+    Attributes:
+        config: Named configuration that gives every option below its default. The file
+            train/configs/NAME.py says what to expect of it.
+        optimizer: clars: layer-wise rates from the mean norm of the per-example gradients. lars:
+            from the norm of the mean gradient (plus decay). sgd: the same rate for every layer.
+            All have heavy-ball momentum.
+        learning_rate: Base learning rate, for a batch of 256 examples; the peak is this times
+            batch-size / 256. None: what the configuration names for the optimizer.
+        warmup_epochs: Epochs in which the learning rate rises linearly to the peak; after them it
+            falls with power 2 to zero.
+        batch_size: Examples per step. The devices must divide it.
+        epochs: Length of the run, in passes over the training split.
+        weight_decay: Coefficient of the weights in the gradient. Biases and BatchNorm scales do not
+            decay.
+        momentum: Decay rate of the momentum buffer, per step.
+        norm_momentum: Decay rate of BatchNorm's running averages, per step. A run of few steps
+            wants a small one, and large batches allow it.
+        group_size: Only for clars: consecutive examples of a device whose mean gradient counts as
+            one example's. With 1 it is the paper's formula, with 8 what its authors' code does.
+        num_norm_examples: Only for clars: examples of each batch whose gradient norms are taken, in
+            equal parts on each device; the gradient is that of the whole batch. None: all.
+        microbatch_size: Examples that go through the network at a time, to save memory; BatchNorm
+            takes its statistics over these. It must divide the batch, and the devices it. None:
+            the whole batch.
+        seed: Seed of the initial parameters and of the order of the examples. The same seed gives
+            the same numbers.
+        workdir: Run folder, where configuration, metrics, curves and checkpoint go. It must be
+            empty, or not there yet. None: runs/CONFIG-TIME.
+        data_dir: Folder of tensorflow-datasets, where the data set is prepared once. None: what
+            the variable TFDS_DATA_DIR names, or else ~/tensorflow_datasets.
+        dataset: name of the data set; set by the named configuration alone.
+        model: name of the network; likewise.
+        tuned_learning_rates: `learning_rate` by optimizer where none is given; likewise.
     """
 
     config: Positional[Literal["digits"]] = "digits"
-    """Named configuration that gives every option below its default: train/configs/NAME.py says
-    what to expect of it."""
-
     optimizer: OptimizerName = "clars"
-    """clars: layer-wise rates from the mean norm of the per-example gradients. lars: from the norm
-    of the mean gradient (plus decay). sgd: SGD with momentum, the same rate for every layer."""
-
     learning_rate: float | None = None
-    """Base learning rate, for a batch of 256 examples: the peak is this times batch-size / 256.
-    None: what the configuration names for the optimizer."""
-
     warmup_epochs: float = 0.0
-    """Epochs of linear warm-up to the peak; after it the rate falls with power 2 to zero."""
-
     batch_size: int = 256
-    """Examples per step. The devices must divide it."""
-
     epochs: float = 10.0
-    """Length of the run, in passes over the training split."""
-
     weight_decay: float = 1e-4
-    """Coefficient of the decay that is added to the gradient. Biases and BatchNorm scales have
-    none."""
-
     momentum: float = 0.9
-    """Decay rate of the heavy-ball momentum buffer."""
-
+    norm_momentum: float = 0.9
     group_size: int = 1
-    """clars only: consecutive examples whose mean gradient counts as one example's. 1 is the
-    paper's formula, 8 what its authors' code does. A group lies on one device."""
-
     num_norm_examples: int | None = None
-    """clars only: examples of each step's batch whose gradient norms are taken; the gradient is
-    always that of the whole batch. None: all. The devices must divide it."""
-
     microbatch_size: int | None = None
-    """Examples that go through the network at a time, to save memory; BatchNorm takes its
-    statistics over these. None: the whole batch. It must divide the batch, and the devices it."""
-
     seed: int = 0
-    """Seed of the initial parameters and of the order of the examples. Same seed, same numbers."""
-
     workdir: Path | None = None
-    """Run folder: configuration, metrics, curves and checkpoint go there. It must be empty or not
-    there yet. None: runs/CONFIG-TIME."""
-
     data_dir: Path | None = None
-    """Folder of tensorflow-datasets, where the data set is prepared once. None: $TFDS_DATA_DIR, or
-    ~/tensorflow_datasets."""
-
-    # What follows makes a named configuration and is no option.
-
     dataset: Suppress[str] = "digits"
     model: Suppress[str] = "resnet8"
     tuned_learning_rates: Suppress[Mapping[OptimizerName, float]] = dataclasses.field(
@@ -121,11 +117,7 @@ class Config:
             0, seed=self.seed, weight_decay=self.weight_decay, warmup_epochs=self.warmup_epochs
         )
         _positive(epochs=self.epochs, learning_rate=self.learning_rate)
-        if not 0 <= self.momentum < 1:
-            raise ValueError(
-                f"--momentum is {self.momentum}, but must be at least 0 and less than 1; "
-                "0.9 is usual."
-            )
+        _decay_rate(momentum=self.momentum, norm_momentum=self.norm_momentum)
         if self.warmup_epochs >= self.epochs:
             raise ValueError(
                 f"--warmup-epochs is {self.warmup_epochs:g}, but must be less than --epochs, "
@@ -143,30 +135,39 @@ class Config:
                 f"--batch-size is {self.batch_size}, but the training split of {self.dataset} has "
                 f"{num_train} examples: choose at most {num_train // num_devices * num_devices}."
             )
-        _divides_over_devices("batch_size", self.batch_size, num_devices, maximum=num_train)
-        through_at_once = self.batch_size
+        devices = "the number of devices"
+        _multiple_of(num_devices, devices, "batch_size", self.batch_size, largest=num_train)
+        at_a_time = self.batch_size
         if self.microbatch_size is not None:
-            through_at_once = self.microbatch_size
-            _divides_over_devices(
-                "microbatch_size", self.microbatch_size, num_devices, maximum=self.batch_size
-            )
-            if self.batch_size % self.microbatch_size:
+            at_a_time = self.microbatch_size
+            self._at_most_the_batch("microbatch_size", at_a_time)
+            _multiple_of(num_devices, devices, "microbatch_size", at_a_time, self.batch_size)
+            if self.batch_size % at_a_time:
                 raise ValueError(
-                    f"--microbatch-size is {self.microbatch_size}, but must divide --batch-size, "
-                    f"{self.batch_size}: {_multiples_that_divide(self.batch_size, num_devices)} do."
+                    f"--microbatch-size is {at_a_time}, but must divide --batch-size, "
+                    f"{self.batch_size}: {_divisors(self.batch_size, num_devices)} would do."
                 )
-        share = through_at_once // num_devices
+        share = at_a_time // num_devices
         if share % self.group_size:
             raise ValueError(
                 f"--group-size is {self.group_size}, but must divide the {share} examples that go "
-                f"through a device at a time: {_multiples_that_divide(share, 1)} do."
+                f"through a device at a time: {_divisors(share)} would do."
             )
         if self.num_norm_examples is not None:
-            _divides_over_devices(
+            self._at_most_the_batch("num_norm_examples", self.num_norm_examples)
+            _multiple_of(
+                num_devices * self.group_size,
+                devices if self.group_size == 1 else f"{devices} times --group-size",
                 "num_norm_examples",
                 self.num_norm_examples,
-                num_devices * self.group_size,
-                maximum=self.batch_size,
+                self.batch_size,
+            )
+
+    def _at_most_the_batch(self, name: str, value: int) -> None:
+        if value > self.batch_size:
+            raise ValueError(
+                f"{_option(name)} is {value}, but must be at most --batch-size, "
+                f"{self.batch_size}: lower it."
             )
 
 
@@ -195,22 +196,36 @@ def _at_least(minimum: int, **options: float | None) -> None:
 def _positive(**options: float | None) -> None:
     for name, value in options.items():
         if value is not None and not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{_option(name)} is {value:g}, but must be more than 0: raise it.")
+            raise ValueError(
+                f"{_option(name)} is {value:g}, but must be a finite number above 0: change it."
+            )
 
 
-def _divides_over_devices(name: str, value: int, parts: int, maximum: int) -> None:
+def _decay_rate(**options: float) -> None:
+    for name, value in options.items():
+        if not 0 <= value < 1:
+            raise ValueError(
+                f"{_option(name)} is {value:g}, but must be at least 0 and less than 1: "
+                "0.9 is usual."
+            )
+
+
+def _multiple_of(unit: int, unit_name: str, name: str, value: int, largest: int) -> None:
     """Checks that each device gets the same whole number of groups."""
-    if value % parts == 0 and value <= maximum:
+    if value % unit == 0:
         return
-    below = min(value, maximum) // parts * parts
-    fitting = [size for size in (below, below + parts) if 0 < size <= maximum]
+    below = value // unit * unit
+    sizes = [size for size in (below, below + unit) if 0 < size <= largest]
     raise ValueError(
-        f"{_option(name)} is {value}, but must be a multiple of {parts} (devices times group "
-        f"size, where groups count) and at most {maximum}: "
-        f"{' or '.join(map(str, fitting)) or 'nothing smaller'} would do."
+        f"{_option(name)} is {value}, but must be a multiple of {unit}, {unit_name}: "
+        f"{_either(sizes)} would do."
     )
 
 
-def _multiples_that_divide(total: int, unit: int) -> str:
-    sizes = [size for size in range(unit, total + 1, unit) if total % size == 0]
-    return ", ".join(map(str, sizes))
+def _divisors(total: int, unit: int = 1) -> str:
+    return _either([size for size in range(unit, total + 1, unit) if total % size == 0])
+
+
+def _either(sizes: list[int]) -> str:
+    *others, last = map(str, sizes)
+    return f"{', '.join(others)} or {last}" if others else last

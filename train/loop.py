@@ -79,7 +79,9 @@ def run(config: Config) -> Result:
         f"{config.num_steps} steps of {config.batch_size} examples, "
         f"{len(devices)} x {devices[0].device_kind}"
     )
-    model = MODELS[config.model](num_classes=dataset.num_classes, axis_name=AXIS)
+    model = MODELS[config.model](
+        num_classes=dataset.num_classes, norm_momentum=config.norm_momentum, axis_name=AXIS
+    )
     layers = _weights_by_depth(model, dataset)
     state, train_step = _make_training(config, model, dataset, devices)
     evaluate = _make_evaluation(config, dataset, test_examples, devices)
@@ -101,7 +103,7 @@ def run(config: Config) -> Result:
             line["data_seconds"] = data_seconds
             epoch = step / config.steps_per_epoch
             writer.write(step, {"epoch": epoch, **line})
-            progress.update(step, line["train_loss"], line["train_accuracy"])
+            progress.update(step, line["step_seconds"], line["train_loss"], line["train_accuracy"])
             if step == config.num_steps or int(epoch) > int((step - 1) / config.steps_per_epoch):
                 evaluation = evaluate(state)
                 writer.write(step, {"epoch": epoch, **evaluation})

@@ -143,7 +143,7 @@ def value_and_grad_and_norms(
         def loss_of_leaves(
             keys: Sequence[Any], params: Sequence[Any], batch: Sequence[Any]
         ) -> tuple[Any, list[Any]]:
-            # Rebuilt inside the trace: the variables of Flax NNX know in which trace they were made.
+            # Rebuilt inside the trace: variables of Flax NNX know in which trace they were made.
             everything = list(jax.tree.map(lambda leaf: leaf, args))
             for where, values in (
                 (positions.rng, keys),

@@ -102,8 +102,11 @@ def test_numbers_that_must_be_positive(name, value):
     )
 
 
-def test_momentum_of_one():
-    assert "--momentum is 1.0, but must be at least 0 and less than 1" in message(momentum=1.0)
+@pytest.mark.parametrize("name", ["momentum", "norm_momentum"])
+def test_momentum_of_one(name):
+    assert message(**{name: 1.0}) == (
+        f"--{name.replace('_', '-')} is 1, but must be at least 0 and less than 1: 0.9 is usual."
+    )
 
 
 def test_warmup_longer_than_the_run():
@@ -132,9 +135,7 @@ def test_learning_rate_is_the_configurations_unless_given():
     assert parse([]).peak_learning_rate == pytest.approx(
         config.tuned_learning_rates["clars"] * 720 / 256
     )
-    assert (
-        parse(["--optimizer", "sgd"]).base_learning_rate == config.tuned_learning_rates["sgd"]
-    )
+    assert parse(["--optimizer", "sgd"]).base_learning_rate == config.tuned_learning_rates["sgd"]
     assert parse(["digits", "--learning-rate", "0.7"]).base_learning_rate == 0.7
 
 
@@ -165,4 +166,4 @@ def test_help_explains_every_option(capsys):
             assert option not in text
         elif field.name != "config":
             assert option in text
-    assert "(default: 720)" in text
+    assert "720)" in text

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 import train.loop
 from train.data import digits
-print(len(digits.load(Path(sys.argv[1]), "train")), digits.load(Path(sys.argv[1]), "test")[0].keys())
+print(len(digits.load(Path(sys.argv[1]), "train")), digits.load(Path(sys.argv[1]), "test")[0])
 assert "tensorflow" not in sys.modules
 """
 

@@ -23,4 +23,5 @@ CONFIG = Config(
     batch_size=720,
     epochs=30,
     weight_decay=1e-4,
+    norm_momentum=0.5,
 )

@@ -79,7 +79,7 @@ DATASET = Dataset(
     num_test=360,
     num_classes=10,
     image_shape=(8, 8, 1),
-    mean=(4.88,),
-    std=(6.02,),
+    mean=(4.886,),
+    std=(6.018,),
     load=load,
 )

@@ -46,12 +46,14 @@ class ResNet(nn.Module):
         stage_sizes: blocks in each stage.
         num_classes: number of logits.
         width: filters of the first stage.
+        norm_momentum: decay rate of BatchNorm's running averages, per step.
         axis_name: mapped axis over which BatchNorm takes its statistics; None for one device.
     """
 
     stage_sizes: Sequence[int]
     num_classes: int
     width: int
+    norm_momentum: float = 0.9
     axis_name: str | None = None
 
     @nn.compact
@@ -66,7 +68,7 @@ class ResNet(nn.Module):
         norm = functools.partial(
             nn.BatchNorm,
             use_running_average=not train,
-            momentum=0.9,
+            momentum=self.norm_momentum,
             axis_name=self.axis_name,
         )
         x = nn.Conv(

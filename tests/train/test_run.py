@@ -1,0 +1,119 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from matplotlib import image
+
+from train import checkpoint
+from train.configs import CONFIGS
+
+WEIGHTS = {
+    "stem_conv/kernel",
+    "stage1_block1/conv1/kernel",
+    "stage1_block1/conv2/kernel",
+    "stage2_block1/conv1/kernel",
+    "stage2_block1/conv2/kernel",
+    "stage2_block1/shortcut_conv/kernel",
+    "stage3_block1/conv1/kernel",
+    "stage3_block1/conv2/kernel",
+    "stage3_block1/shortcut_conv/kernel",
+    "head/kernel",
+}
+
+
+def train(*options):
+    command = [sys.executable, "-W", "error", "-m", "train", *map(str, options)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory, data_dir):
+    workdir = tmp_path_factory.mktemp("runs") / "short"
+    done = train(
+        *("--epochs", 2, "--batch-size", 960, "--group-size", 4, "--num-norm-examples", 64),
+        *("--optimizer", "clars", "--seed", 3, "--workdir", workdir, "--data-dir", data_dir),
+    )
+    assert done.returncode == 0, done.stderr
+    return workdir, done
+
+
+def lines_of(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_output_without_a_terminal(short_run):
+    workdir, done = short_run
+
+    assert "step 3/3" in done.stdout
+    assert "held-out accuracy: " in done.stdout
+    assert done.stdout.endswith(f"run folder: {workdir}\n")
+    assert "\x1b" not in done.stdout
+
+
+def test_configuration_is_recorded(short_run):
+    record = json.loads((short_run[0] / "config.json").read_text())
+
+    assert record["batch_size"] == 960
+    assert record["group_size"] == 4
+    assert record["num_norm_examples"] == 64
+    assert record["seed"] == 3
+    assert record["learning_rate"] == CONFIGS["digits"].tuned_learning_rates["clars"]
+    assert record["peak_learning_rate"] == record["learning_rate"] * 960 / 256
+    assert len(record["devices"]) == 8
+    assert {"jax", "flax", "optax"} <= set(record["versions"])
+
+
+def test_metrics_are_recorded(short_run):
+    lines = lines_of(short_run[0])
+    training = [line for line in lines if "train_loss" in line]
+    evaluations = [line for line in lines if "test_loss" in line]
+
+    assert [line["step"] for line in training] == [1, 2, 3]
+    assert [line["step"] for line in evaluations] == [2, 3]  # The first pass ends in step 2.
+    rates = [line["learning_rate"] / training[0]["learning_rate"] for line in training]
+    np.testing.assert_allclose(rates, [1, (2 / 3) ** 2, (1 / 3) ** 2], rtol=1e-5)
+    for line in training:
+        assert set(line["trust_ratio"]) == set(line["variance_factor"]) == WEIGHTS
+        assert all(0 < ratio <= 0.1001 for ratio in line["trust_ratio"].values())
+    for line in evaluations:
+        assert (line["test_accuracy"] * 360) % 1 == pytest.approx(0, abs=1e-6)
+
+
+def test_curves_are_drawn(short_run):
+    pixels = image.imread(short_run[0] / "curves.png")
+
+    assert pixels.shape[:2] == (800, 1200)
+    assert pixels[..., :3].std() > 0.05
+
+
+def test_tensorboard_events(short_run):
+    (events,) = short_run[0].glob("events.*")
+
+    assert b"trust_ratio/head/kernel" in events.read_bytes()
+
+
+def test_checkpoint_is_that_of_the_last_step(short_run):
+    with checkpoint.open_folder(short_run[0] / "checkpoints") as checkpoints:
+        assert checkpoints.latest_step() == 3
+
+
+def test_used_run_folder_is_refused(short_run, data_dir):
+    before = lines_of(short_run[0])
+
+    done = train("--workdir", short_run[0], "--data-dir", data_dir)
+
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"python -m train: --workdir is {short_run[0]}, but that folder is not empty: name a new "
+        "one, or remove it.\n"
+    )
+    assert lines_of(short_run[0]) == before
+
+
+def test_first_run_finds_97_percent(tmp_path, data_dir):
+    done = train("--workdir", tmp_path / "run", "--data-dir", data_dir)
+
+    assert done.returncode == 0, done.stderr
+    assert lines_of(tmp_path / "run")[-1]["test_accuracy"] >= 0.97
