@@ -15,7 +15,7 @@ def open_folder(folder: Path) -> ocp.CheckpointManager:
 
 def save(checkpoints: ocp.CheckpointManager, state: TrainState) -> None:
     """Saves the state under its step, and waits until it is on disk."""
-    # The step is no option of the manager's save interval: the last one must be there too.
+    # The last step counts whether or not the manager's save interval meets it.
     checkpoints.save(
         int(state.step),
         args=ocp.args.Composite(state=ocp.args.StandardSave(_arrays(state))),

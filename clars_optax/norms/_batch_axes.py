@@ -121,6 +121,9 @@ def _reconcile(
     for index, (size, twice) in enumerate(zip(shape, doubled, strict=True)):
         if size == twice or index in layout.batch_axes:
             continue
+        if value.producer is not None and value.producer.name == "reshape" and layout.carries_batch:
+            # By coincidence the factors fit at this batch size; at another they would not.
+            return unknown(shape, "a reshape cuts across the batch")
         if (size, twice) != (num_examples, 2 * num_examples):
             return unknown(shape, f"the batch is mixed with something else on axis {index}")
         axes[index] = (Factor(size, 1),)

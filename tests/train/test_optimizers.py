@@ -84,8 +84,6 @@ def test_trajectory_by_hand(name, params):
 
 def test_lars_has_no_cap(params):
     grads = jax.tree.map(lambda leaf: -DECAY * leaf + 1e-5, params)
-    _, state = make("lars").transformation.init(params), None
-    del state
 
     ratio = make("lars").diagnose(params, grads, None, None)["trust_ratio"]["dense"]["kernel"]
 
