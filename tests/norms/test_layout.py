@@ -129,7 +129,7 @@ def test_unknown_layouts(function, problem):
 
 
 def test_reshape_that_fits_by_coincidence():
-    """[2 N] as [N, 2] has the views on its first axis if N is 2, and cuts through them if it is 3."""
+    """[2 N] as [N, 2] has the views on its first axis if N is 2, and cuts through if it is 3."""
     layout = inferred(lambda x: jnp.concatenate([x, x]).reshape(len(x), -1, 5), (2, 5))
     assert "cuts across" in layout.problem
 
