@@ -136,14 +136,16 @@ def _propagate(
     pairs: Mapping[Value, Value],
     num_examples: int,
 ) -> list[Layout]:
-    first = operation.outputs[0] if operation.outputs else None
+    if not operation.outputs:
+        # It is there for its effect, as `jax.debug.print` is.
+        return []
     if operation.name in COLLECTIVES and operation.name not in _POSITION_PRESERVING:
         rule: Rule | None = _other
     elif operation.name in ELEMENTWISE or operation.name in _POSITION_PRESERVING:
         rule = _elementwise
     else:
         rule = _RULES.get(operation.name)
-    if first is not None and rule is not None and len(operation.outputs) == 1:
+    if rule is not None and len(operation.outputs) == 1:
         return [rule(operation, given)]
     if operation.name == "optimization_barrier":
         return list(given)

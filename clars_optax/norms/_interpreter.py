@@ -65,6 +65,11 @@ class Plan:
             for value in (*operation.operands, *operation.outputs)
         )
 
+    @property
+    def has_term_of_parameters(self) -> bool:
+        """Whether a term of parameters alone is added to the loss."""
+        return self.has_shadow(self.program.outputs[0])
+
     def has_shadow(self, value: Value) -> bool:
         """Whether a value comes from parameters, and not by way of the whole batch."""
         return value in self._roots

@@ -81,10 +81,10 @@ def find_obstacle(
     every = [*operands, *(layouts[value] for value in operation.outputs)]
     if operation.name in COLLECTIVES:
         return EXCHANGED
+    if any(v.from_params and v not in pairs for v in (*operation.operands, *operation.outputs)):
+        return TRACED_DIFFERENTLY
     if not any(layout.carries_batch for layout in every):
         return None
-    if any(value.from_batch and value not in pairs for value in operation.outputs):
-        return TRACED_DIFFERENTLY
     problem = next((layout.problem for layout in every if layout.problem is not None), None)
     if problem is not None:
         return Obstacle(
@@ -96,13 +96,22 @@ def find_obstacle(
         return TWO_BATCH_AXES
     if operation.name not in _LOCAL:
         return UNSUPPORTED
-    return MIXED if _mixes(operation, operands) else None
+    outputs = [layouts[value] for value in operation.outputs]
+    return MIXED if _mixes(operation, operands, outputs) else None
 
 
-def _mixes(operation: Operation, layouts: Sequence[Layout]) -> bool:
+def _mixes(operation: Operation, layouts: Sequence[Layout], outputs: Sequence[Layout]) -> bool:
     """Whether one example's result depends on another's operand."""
     name, params = operation.name, operation.params
     axes = [layout.batch_axes for layout in layouts]
+    made = frozenset().union(*(layout.batch_axes for layout in outputs))
+    if name == "tile":
+        # Repeated for every example only if there is nothing else to walk through on the axis.
+        return any(operation.operands[0].shape[axis] != 1 for axis in made)
+    if name != "broadcast_in_dim" and not any(axes):
+        return True
+    if name in ELEMENTWISE:
+        return made != frozenset().union(*axes)
     if name == "dot_general":
         contracted, batched = params["dimension_numbers"]
         return any(axes[side] & {*contracted[side]} for side in (0, 1)) or any(

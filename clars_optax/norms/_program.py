@@ -17,6 +17,14 @@ from jax.extend.core import ClosedJaxpr, DropVar, Jaxpr, JaxprEqn, Literal
 # The name of the parameter that holds the body, by the name of the primitive.
 _INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
 
+# What an operation does, whatever the sizes of its operands are.
+_SIZELESS_PARAMS = frozenset(
+    """
+    axes axis batch_group_count broadcast_dimensions dimension dimension_numbers dimensions
+    feature_group_count permutation
+    """.split()
+)
+
 
 class Value:
     """One array: an input, a constant, or a result of an operation."""
@@ -217,23 +225,43 @@ def match(program: Program, doubled: Program) -> dict[Value, Value]:
 
     It walks backwards from the outputs: where two operations agree, so do their operands. A part
     that differs with the batch size (`random.permutation` sorts in more rounds) ends the walk
-    there, and only there.
+    there. What that part makes of the batch is still known by its place in the operation that takes
+    it; a value that comes from parameters has no pair then.
     """
-    pairs: dict[Value, Value] = {}
+    pairs = dict(zip(program.inputs, doubled.inputs, strict=True))
     pending = list(zip(program.outputs, doubled.outputs, strict=True))
+    torn: set[Value] = set()
     while pending:
         one, two = pending.pop()
+        if one in torn or pairs.get(one) is two:
+            continue
+        first, second = one.producer, two.producer
+        agree = first is not None and second is not None and _agree(first, second)
+        if one.from_params and (one in pairs or not agree):
+            torn.add(one)
+            pairs.pop(one, None)
+            continue
         if one in pairs:
             continue
         pairs[one] = two
-        first, second = one.producer, two.producer
-        if (
-            first is not None
-            and second is not None
-            and first.name == second.name
-            and len(first.operands) == len(second.operands)
-            and len(first.outputs) == len(second.outputs)
-        ):
+        if first is not None and second is not None and agree:
             pairs.update(zip(first.outputs, second.outputs, strict=True))
             pending.extend(zip(first.operands, second.operands, strict=True))
     return pairs
+
+
+def _agree(first: Operation, second: Operation) -> bool:
+    """Whether two operations are the same but for sizes."""
+    return (
+        first.name == second.name
+        and first.positions == second.positions
+        and [_kind(value) for value in first.operands] == [_kind(v) for v in second.operands]
+        and all(
+            first.params[name] == second.params[name]
+            for name in first.params.keys() & _SIZELESS_PARAMS
+        )
+    )
+
+
+def _kind(value: Value) -> tuple[Any, ...]:
+    return value.aval.dtype, len(value.shape), value.from_params, value.from_batch

@@ -137,7 +137,8 @@ def value_and_grad_and_norms(
         leaves, treedef = jax.tree.flatten([args[i] for i in positions.params])
         params = [jnp.asarray(leaf) for leaf in leaves]
         paths = _arguments.paths(args, positions.params)
-        batch, batch_treedef = jax.tree.flatten([args[i] for i in positions.batch])
+        leaves, batch_treedef = jax.tree.flatten([args[i] for i in positions.batch])
+        batch = [jnp.asarray(leaf) for leaf in leaves]
         aux_treedefs: list[Any] = []
 
         def loss_of_leaves(
@@ -166,6 +167,9 @@ def value_and_grad_and_norms(
             result = one_batch(keys, batch, num_norms)
         else:
             size = settings.microbatch_size
+            loss = functools.partial(loss_of_leaves, keys)
+            if settings.loss_reduction == "sum" and size < num_examples:
+                _check_sum_of_microbatches(loss, params, paths, _resized(batch, max(size, 2)))
             one, two = (
                 jax.eval_shape(loss_of_leaves, keys, params, _resized(batch, n))[1]
                 for n in (size, 2 * size)
@@ -206,7 +210,7 @@ def _resized(batch: Sequence[Any], num_examples: int) -> list[Any]:
             jax.lax.concatenate([x] * copies, 0)[:num_examples] if copies > 1 else x[:num_examples]
         )
 
-    return [jax.eval_shape(resize, jnp.asarray(x)) for x in batch]
+    return [jax.eval_shape(resize, x) for x in batch]
 
 
 def _value_and_aux(returned: Any, has_aux: bool) -> tuple[Any, Any]:
@@ -263,6 +267,20 @@ def _one_batch(
         list(params), taps
     )
     return Result(value, aux, grads, [jnp.sqrt(square) for square in squares])
+
+
+def _check_sum_of_microbatches(
+    loss_fn: Callable[..., tuple[Any, list[Any]]],
+    params: Sequence[Any],
+    paths: Sequence[str],
+    batch: Sequence[Any],
+) -> None:
+    if _plan(loss_fn, params, paths, batch).has_term_of_parameters:
+        raise ValueError(
+            "The loss has a term of parameters alone, which a sum over micro-batches would count "
+            "once for each of them. Leave it to the optimizer (weight_decay of clars_optax.clars), "
+            'or use a mean loss with loss_reduction="mean".'
+        )
 
 
 def _plan(

@@ -47,6 +47,23 @@ def gathered_from_the_batch_into_a_parameter(params, x):
     return jnp.sum(params["w"].at[jnp.arange(x.shape[0]) % 4].add(x) ** 2)
 
 
+def tiled_across_examples(params, x):
+    return jnp.mean((jnp.tile(params["w"][0, :2], x.size // 2) * x.T.reshape(-1)) ** 2)
+
+
+def padded_to_the_batch(params, x):
+    return jnp.mean((x + jnp.pad(params["w"][:1], ((0, x.shape[0] - 1), (0, 0)))) ** 2)
+
+
+def concatenated_to_the_batch(params, x):
+    return jnp.mean((jnp.concatenate([params["w"][:1]] * x.shape[0]) * x) ** 2)
+
+
+def in_another_order_at_twice_the_batch_size(params, x):
+    c, b = normal(3, 4, 4), jnp.broadcast_to(params["w"][0], (4, 4))
+    return jnp.mean(((x @ c) @ b if x.shape[0] <= 6 else x @ (c @ b)) ** 2)
+
+
 def scan_over_time(params, x):
     def body(carry, now):
         return jnp.tanh(carry * params["t"] + now[:, None]), None
@@ -115,6 +132,10 @@ def changes_with_the_batch_size(params, x):
             NotImplementedError,
             r"'w'.*`scatter-add`.*not supported",
         ),
+        (tiled_across_examples, ValueError, r"'w'.*`tile`.*examples are mixed"),
+        (padded_to_the_batch, ValueError, r"'w'.*`pad`.*examples are mixed"),
+        (concatenated_to_the_batch, ValueError, r"'w'.*traced differently"),
+        (in_another_order_at_twice_the_batch_size, ValueError, r"'w'.*traced differently"),
         (scan_over_time, NotImplementedError, r"'t'.*`scan`.*not supported"),
         (loop, NotImplementedError, r"'w'.*`(scan|while)`.*not supported"),
         (branch, NotImplementedError, r"'w'.*`cond`.*not supported"),
@@ -183,3 +204,25 @@ def test_replicated_parameters_in_shard_map():
     )
     with pytest.raises(NotImplementedError, match=r"(?s)'w'.*between devices.*to='varying'"):
         step(PARAMS, BATCH)
+
+
+@pytest.mark.parametrize("microbatch_size", [1, 3])
+def test_parameter_term_in_a_sum_over_micro_batches(microbatch_size):
+    step = clars_optax.value_and_grad_and_norms(
+        lambda params, x: jnp.sum((x @ params["w"]) ** 2) + jnp.sum(params["w"] ** 2),
+        loss_reduction="sum",
+        microbatch_size=microbatch_size,
+    )
+    with pytest.raises(ValueError, match=r"term of parameters alone.*weight_decay"):
+        step(PARAMS, BATCH)
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_debug_print_prints_once(capsys, ordered):
+    def loss(params, x):
+        jax.debug.print("rows: {}", x.shape[0] + 0 * x.sum(), ordered=ordered)
+        return mean_loss(params, x)
+
+    jax.block_until_ready(jax.jit(clars_optax.value_and_grad_and_norms(loss))(PARAMS, BATCH))
+    jax.effects_barrier()
+    assert capsys.readouterr().out.count("rows: 6.0") == 1
