@@ -172,31 +172,25 @@ def shard(batch: Batch, num_devices: int) -> Batch:
 
 def _value_and_grad(loss_fn: Callable[..., Any], optimizer: Optimizer, norms: Norms) -> Any:
     """Differentiates `loss_fn(params, state, batch)`; norms are None where nobody needs them."""
-    if optimizer.needs_norms:
-        return clars_optax.value_and_grad_and_norms(
-            loss_fn,
-            has_aux=True,
-            batch_argnums=2,
-            group_size=norms.group_size,
-            num_norm_examples=norms.num_examples,
-            microbatch_size=norms.microbatch_size,
-        )
-    if norms.microbatch_size is not None:
-        return clars_optax.value_and_grad_and_norms(
-            loss_fn,
-            has_aux=True,
-            batch_argnums=2,
-            # The fewest norms that can be had: of one micro-batch's gradient.
-            group_size=norms.microbatch_size,
-            num_norm_examples=norms.microbatch_size,
-            microbatch_size=norms.microbatch_size,
-        )
+    if not optimizer.needs_norms:
+        if norms.microbatch_size is None:
 
-    def plain(params: Any, state: TrainState, batch: Batch) -> Any:
-        value, grads = jax.value_and_grad(loss_fn, has_aux=True)(params, state, batch)
-        return value, grads, None
+            def plain(params: Any, state: TrainState, batch: Batch) -> Any:
+                value, grads = jax.value_and_grad(loss_fn, has_aux=True)(params, state, batch)
+                return value, grads, None
 
-    return plain
+            return plain
+        # The fewest norms that can be had: of one micro-batch's gradient.
+        size = norms.microbatch_size
+        norms = Norms(group_size=size, num_examples=size, microbatch_size=size)
+    return clars_optax.value_and_grad_and_norms(
+        loss_fn,
+        has_aux=True,
+        batch_argnums=2,
+        group_size=norms.group_size,
+        num_norm_examples=norms.num_examples,
+        microbatch_size=norms.microbatch_size,
+    )
 
 
 def _normalise(images: jax.Array, dataset: Dataset) -> jax.Array:

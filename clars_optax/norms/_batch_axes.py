@@ -7,6 +7,7 @@ without a rule put the batch. Where neither suffices the layout is unknown, whic
 if a parameter meets the value.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from clars_optax.norms._layout import (
@@ -384,10 +385,7 @@ def _joined(parts: Sequence[Axis]) -> Axis | None:
 
 
 def _size(axis: Axis) -> int:
-    size = 1
-    for factor in axis:
-        size *= factor.size
-    return size
+    return math.prod(factor.size for factor in axis)
 
 
 def _cut(axis: Axis, start: int, stop: int, stride: int) -> Axis | None:
@@ -434,13 +432,18 @@ def _split(operation: Operation, given: Sequence[Layout]) -> list[Layout]:
     return [layouts[position] for position in operation.positions]
 
 
+def _resized(layout: Layout, shape: Sequence[int]) -> Layout:
+    """The layout when only axes that do not carry the batch change their sizes."""
+    kept = layout.batch_axes
+    axes = [layout.axes[i] if i in kept else plain_axis(size) for i, size in enumerate(shape)]
+    return Layout(tuple(axes))
+
+
 @_rule("dynamic_slice")
 def _dynamic_slice(operation: Operation, given: Sequence[Layout]) -> Layout:
     shape, source = operation.outputs[0].shape, operation.operands[0].shape
     if given[0].problem is None and all(shape[i] == source[i] for i in given[0].batch_axes):
-        kept = given[0].batch_axes
-        axes = [given[0].axes[i] if i in kept else plain_axis(n) for i, n in enumerate(shape)]
-        return Layout(tuple(axes))
+        return _resized(given[0], shape)
     return unknown(shape, given[0].problem or "a slice takes a part of the batch")
 
 
@@ -456,9 +459,7 @@ def _pad(operation: Operation, given: Sequence[Layout]) -> Layout:
     shape = operation.outputs[0].shape
     configuration = operation.params["padding_config"]
     if given[0].problem is None and all(configuration[i] == (0, 0, 0) for i in given[0].batch_axes):
-        kept = given[0].batch_axes
-        axes = [given[0].axes[i] if i in kept else plain_axis(n) for i, n in enumerate(shape)]
-        return Layout(tuple(axes))
+        return _resized(given[0], shape)
     return unknown(shape, given[0].problem or "the batch is padded")
 
 

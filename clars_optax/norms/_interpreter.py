@@ -44,7 +44,6 @@ class Plan:
         self.program = program
         self.layouts = layouts
         self.num_examples = num_examples
-        self.params = params
         self._pairs = pairs
         self._roots: dict[Value, frozenset[str]] = {v: frozenset([p]) for v, p in params.items()}
         self._obstacles: dict[Operation, Exception] = {}
