@@ -7,7 +7,9 @@ cannot be done is an error. Then the program is run, operation by operation, as
 `jax.core.eval_jaxpr` would.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -15,7 +17,28 @@ import jax
 from clars_optax.norms._layout import Layout
 from clars_optax.norms._obstacles import AFTER_THE_MEAN, find_obstacle, is_additive
 from clars_optax.norms._program import Operation, Program, Value
-from clars_optax.norms._taps import Rows, Use, carry, fan_out, meet, spread
+from clars_optax.norms._rules import Rule, find_rule
+from clars_optax.norms._taps import Rows, Use, carry, claimed, fan_out, meet, spread
+
+# Between a parameter and its use, these change neither the norm of a gradient nor what a rule sees.
+_VIEWS = frozenset(
+    "convert_element_type copy copy_p name neg reshape rev squeeze transpose".split()
+)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A use of a parameter for which there is a rule.
+
+    Attributes:
+      param: the parameter.
+      views: what lies between the parameter and its use, beginning with the parameter.
+      rule: finds the squared norms.
+    """
+
+    param: Value
+    views: tuple[Value, ...]
+    rule: Rule
 
 
 class Plan:
@@ -27,6 +50,7 @@ class Plan:
       pairs: the values that the loss at twice the batch size has at the same place.
       params: the values of the parameters, with their paths for error messages.
       num_examples: the batch size N.
+      with_rules: whether rules may claim parameters.
 
     Raises:
       NotImplementedError: the engine cannot follow a parameter through an operation.
@@ -40,6 +64,8 @@ class Plan:
         pairs: Mapping[Value, Value],
         params: Mapping[Value, str],
         num_examples: int,
+        *,
+        with_rules: bool,
     ):
         self.program = program
         self.layouts = layouts
@@ -53,6 +79,10 @@ class Plan:
         self.carrying: set[Operation] = set()
         self.adding: set[Operation] = set()
         self._demand()
+        self.claims: dict[Operation, Claim] = {}
+        self._claimed: set[Value] = set()
+        if with_rules:
+            self._claim(params)
 
     @property
     def is_split(self) -> bool:
@@ -60,7 +90,7 @@ class Plan:
         return any(
             self.layouts[value].carries_batch
             and not self.layouts[value].is_whole(self.num_examples)
-            for operation in self.meeting | self.carrying
+            for operation in (self.meeting | self.carrying) - self.claims.keys()
             for value in (*operation.operands, *operation.outputs)
         )
 
@@ -72,6 +102,10 @@ class Plan:
     def has_shadow(self, value: Value) -> bool:
         """Whether a value comes from parameters, and not by way of the whole batch."""
         return value in self._roots
+
+    def is_claimed(self, value: Value) -> bool:
+        """Whether a value is a parameter that a rule has claimed, or a view of it."""
+        return value in self._claimed
 
     def use(self, operation: Operation) -> Use:
         """The operation as `carry` and `meet` take it."""
@@ -140,6 +174,42 @@ class Plan:
             if operation in demanded and operation in self._obstacles:
                 raise self._obstacles[operation]
 
+    def _claim(self, params: Iterable[Value]) -> None:
+        """Finds the parameters that have one use only, through views, for which there is a rule."""
+        consumers: dict[Value, list[tuple[Operation, int]]] = {}
+        for operation in self.program.operations:
+            if operation in self.meeting | self.carrying | self.adding:
+                for position, value in enumerate(operation.operands):
+                    consumers.setdefault(value, []).append((operation, position))
+        for param in params:
+            views = [param]
+            while len(consumers.get(views[-1], ())) == 1:
+                ((operation, position),) = consumers[views[-1]]
+                if operation in self.meeting:
+                    rule = self._rule(operation, position)
+                    if rule is not None:
+                        self.claims[operation] = Claim(param, tuple(views), rule)
+                        self._claimed.update(views)
+                    break
+                if operation in self.adding or not _is_view(operation):
+                    break
+                views.append(operation.outputs[0])
+
+    def _rule(self, operation: Operation, position: int) -> Rule | None:
+        values = [*operation.operands, *operation.outputs]
+        shadowed = [value for value in operation.operands if self.has_shadow(value)]
+        others = [value for value in operation.operands if self.layouts[value].carries_batch]
+        if len(shadowed) > 1 or len(others) != 1 or not self._carries_all(others[0]):
+            return None
+        shapes = [value.shape for value in values]
+        return find_rule(operation.name, operation.params, shapes, position)
+
+
+def _is_view(operation: Operation) -> bool:
+    if operation.name == "broadcast_in_dim":
+        return math.prod(operation.operands[0].shape) == math.prod(operation.outputs[0].shape)
+    return operation.name in _VIEWS
+
 
 def run(
     plan: Plan, params: Sequence[Any], taps: Sequence[Any], batch: Sequence[Any], rows: Rows
@@ -150,12 +220,14 @@ def run(
       The program's outputs: the loss, and auxiliary values through which no gradient flows.
     """
     program = plan.program
-    # Gradients reach the parameters through their shadows alone.
-    entering = [*map(jax.lax.stop_gradient, params), *batch]
-    values: dict[Value, Any] = dict(zip(program.inputs, entering, strict=True))
+    # Gradients reach a parameter through a rule's claim, or else through its shadow alone.
+    values: dict[Value, Any] = dict(zip(program.inputs, [*params, *batch], strict=True))
     shadows: dict[Value, Any] = {}
+    taps_of = dict(zip(program.inputs, taps, strict=False))
     for value, x, tap in zip(program.inputs, params, taps, strict=False):
-        shadows[value] = fan_out(x, tap, rows)
+        if not plan.is_claimed(value):
+            values[value] = jax.lax.stop_gradient(x)
+            shadows[value] = fan_out(x, tap, rows)
 
     def read(value: Value) -> Any:
         return values.get(value, value.constant)
@@ -172,12 +244,16 @@ def run(
         arguments = [read(value) for value in operation.arguments]
         if operation in plan.adding:
             outputs = operation.apply(*map(added, operation.arguments))
+        elif operation in plan.claims:
+            claim = plan.claims[operation]
+            use = plan.use(operation)
+            outputs = claimed(use, claim.rule, taps_of[claim.param], arguments, rows)
         elif operation in plan.meeting:
             use = plan.use(operation)
             outputs = meet(use, shadows_of(use), arguments, rows)
         else:
             outputs = operation.apply(*arguments)
-        if operation in plan.carrying:
+        if operation in plan.carrying and not plan.is_claimed(operation.arguments[0]):
             use = plan.use(operation)
             carried = carry(use, shadows_of(use), arguments, rows)
             shadows.update(zip(operation.outputs, carried, strict=True))

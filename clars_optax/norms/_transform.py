@@ -245,7 +245,7 @@ def _one_batch(
         norms = [jnp.linalg.norm(g.astype(jnp.float32).ravel())[None] for g in grads]
         return Result(value, aux, grads, norms[: len(norms) if num_norms else 0])
 
-    plan = _plan(loss_fn, params, paths, batch)
+    plan = _plan(loss_fn, params, paths, batch, with_rules=settings.method == "auto")
     rows = Rows(
         num_examples,
         settings.group_size,
@@ -275,7 +275,7 @@ def _check_sum_of_microbatches(
     paths: Sequence[str],
     batch: Sequence[Any],
 ) -> None:
-    if _plan(loss_fn, params, paths, batch).has_term_of_parameters:
+    if _plan(loss_fn, params, paths, batch, with_rules=False).has_term_of_parameters:
         raise ValueError(
             "The loss has a term of parameters alone, which a sum over micro-batches would count "
             "once for each of them. Leave it to the optimizer (weight_decay of clars_optax.clars), "
@@ -288,6 +288,8 @@ def _plan(
     params: Sequence[Any],
     paths: Sequence[str],
     batch: Sequence[Any],
+    *,
+    with_rules: bool,
 ) -> Plan:
     def flat(params: Sequence[Any], batch: Sequence[Any]) -> list[Any]:
         value, aux = loss_fn(params, batch)
@@ -320,4 +322,5 @@ def _plan(
         pairs,
         dict(zip(inputs[: len(params)], paths, strict=True)),
         num_examples,
+        with_rules=with_rules,
     )
