@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from clars_optax.norms._layout import Layout, examples_first, split_examples, split_groups
 from clars_optax.norms._program import Operation
-from clars_optax.norms._rules import Rule, cheapest
+from clars_optax.norms._rules import Rule, cheapest, platform
 from clars_optax.norms._rules._products import squared, sum_of_rows
 
 
@@ -63,9 +63,9 @@ class Rows:
             return split_examples(x, layout, self.num_examples), None
         return split_groups(x, layout, num_groups=self.num_groups, group_size=self.group_size)
 
-    def grouped(self, x: jax.Array, layout: Layout) -> jax.Array:
-        """The examples that have norms, `[G, b, *axes]`, the batch taken out of the axes."""
-        x = examples_first(x, layout)[: self.num_norm_examples]
+    def grouped(self, x: jax.Array) -> jax.Array:
+        """The examples `[N, ...]` that have norms, `[G, b, ...]`."""
+        x = x[: self.num_norm_examples]
         return x.reshape(self.num_groups, self.group_size, *x.shape[1:])
 
     @property
@@ -254,16 +254,15 @@ def claimed(
         return use.operation.apply(*arguments)
 
     def backward(arguments: list[Any], cotangents: list[Any]) -> tuple[jax.Array, list[Any]]:
-        x = rows.grouped(arguments[other], use.layouts[other])
-        g = rows.grouped(cotangents[0], use.output_layouts[0])
-        way = cheapest(
-            rule.ways(x, g, rows.scale), jax.default_backend(), needs_gradient=not rows.has_rest
-        )
+        x = examples_first(arguments[other], use.layouts[other])
+        g = examples_first(cotangents[0], use.output_layouts[0])
+        device = platform()
+        ways = rule.ways(rows.grouped(x), rows.grouped(g), rows.scale, device.chunk_bytes)
+        way = cheapest(ways, device, needs_gradient=not rows.has_rest)
         squares, gradient = way.run()
-        if rows.has_rest:
-            # That of the first examples alone.
-            gradient = None
-        wanted = (parameter, *use.active) if gradient is None else use.active
+        if gradient is None or rows.has_rest:
+            gradient = rule.gradient(x[:, None], g[:, None])
+        wanted = use.active if gradient is not None else (parameter, *use.active)
         pulled = dict(zip(wanted, use.pull(arguments, cotangents, wanted), strict=True))
         if gradient is not None:
             pulled[parameter] = gradient.astype(arguments[parameter].dtype)

@@ -12,15 +12,15 @@ import jax
 from clars_optax.norms._rules._conv import Conv
 from clars_optax.norms._rules._dense import Dense
 from clars_optax.norms._rules._embedding import Embedding, is_lookup
-from clars_optax.norms._rules._ways import Squares, Way, cheapest
+from clars_optax.norms._rules._ways import Squares, Way, cheapest, platform
 
-__all__ = ["Rule", "Squares", "Way", "cheapest", "find_rule"]
+__all__ = ["Rule", "Squares", "Way", "cheapest", "find_rule", "platform"]
 
 
 class Rule(Protocol):
     """The ways to find squared norms for a use of a parameter."""
 
-    def ways(self, x: jax.Array, g: jax.Array, scale: float) -> list[Way]:
+    def ways(self, x: jax.Array, g: jax.Array, scale: float, chunk_bytes: int) -> list[Way]:
         """The ways there are.
 
         Args:
@@ -28,7 +28,12 @@ class Rule(Protocol):
             of the axes.
           g: the cotangent of the result, in the same form.
           scale: a factor for the gradients of which the norms are wanted.
+          chunk_bytes: about how much may be made at a time.
         """
+        ...
+
+    def gradient(self, x: jax.Array, g: jax.Array) -> jax.Array | None:
+        """The weight gradient alone; None where the operation's own derivative is as good."""
         ...
 
 

@@ -48,22 +48,25 @@ class Conv:
         self._positions = result[2:]
         self._inner, self._outer = kernel[1], kernel[0] // self._blocks
 
-    def ways(self, x: jax.Array, g: jax.Array, scale: float) -> list[Way]:
+    def ways(self, x: jax.Array, g: jax.Array, scale: float, chunk_bytes: int) -> list[Way]:
         """The ways to the squared norms, from arrays `[G, b, *axes]`."""
         x, g = _channels_last(x, self._image_axes), _channels_last(g, self._result_axes)
         if self._blocks > 1 and self._inner == 1:
-            return [self._depthwise(x, g, scale)]
+            return [self._depthwise(x, g, scale, chunk_bytes)]
         ways = [self._gram(x, g, scale)]
         if math.prod(self._taps) > 1:
             ways.append(self._pixel_gram(x, g, scale))
-        ways.append(self._direct(x, g, scale))
+        ways.append(self._direct(x, g, scale, chunk_bytes))
         if self._blocks == 1:
             ways.extend(
-                self._split(x, g, scale, axis)
+                self._split(x, g, scale, chunk_bytes, axis)
                 for axis, (taps, stride) in enumerate(zip(self._taps, self._strides, strict=True))
                 if taps > 1 and stride == 1
             )
         return ways
+
+    def gradient(self, x: jax.Array, g: jax.Array) -> None:
+        """None: the convolution's own derivative is as good."""
 
     def _sizes(self, x: jax.Array, growth: float = 1.0) -> Sizes:
         uses = math.prod([*x.shape[1:3], *self._positions])
@@ -76,7 +79,7 @@ class Conv:
         sizes = self._sizes(x)
         return float(x.dtype.itemsize * sizes.groups * sizes.blocks * sizes.uses * sizes.inner)
 
-    def _direct(self, x: jax.Array, g: jax.Array, scale: float) -> Way:
+    def _direct(self, x: jax.Array, g: jax.Array, scale: float, chunk_bytes: int) -> Way:
         def rows(x: jax.Array, g: jax.Array) -> jax.Array:
             return gradients(self._in_blocks(self._patches(x)), self._in_blocks(g), self._precision)
 
@@ -84,9 +87,17 @@ class Conv:
             total = total.reshape(self._blocks, *self._taps, self._inner, self._outer)
             return self._placed(jnp.moveaxis(total, 0, -2))
 
-        return direct(self._sizes(x), rows, place, [x, g], scale, self._patch_bytes(x))
+        return direct(
+            self._sizes(x),
+            rows,
+            place,
+            [x, g],
+            scale,
+            chunk_bytes=chunk_bytes,
+            extra_bytes=self._patch_bytes(x),
+        )
 
-    def _split(self, x: jax.Array, g: jax.Array, scale: float, axis: int) -> Way:
+    def _split(self, x: jax.Array, g: jax.Array, scale: float, chunk_bytes: int, axis: int) -> Way:
         """Direct with the taps of one axis on the side of the cotangent.
 
         The gradient is a sum over i of `x[i + k] * g[i]`. Along one axis it becomes a sum over
@@ -117,9 +128,17 @@ class Conv:
             return self._placed(jnp.moveaxis(total, -2, axis))
 
         used = x.shape[0] * sizes.uses * (others * self._inner + taps * self._outer)
-        return direct(sizes, rows, place, [x, g], scale, float(x.dtype.itemsize * used))
+        return direct(
+            sizes,
+            rows,
+            place,
+            [x, g],
+            scale,
+            chunk_bytes=chunk_bytes,
+            extra_bytes=float(x.dtype.itemsize * used),
+        )
 
-    def _depthwise(self, x: jax.Array, g: jax.Array, scale: float) -> Way:
+    def _depthwise(self, x: jax.Array, g: jax.Array, scale: float, chunk_bytes: int) -> Way:
         """Direct for kernels that see one channel: a sum of element-wise products for each tap."""
         sizes = self._sizes(x)
 
@@ -137,7 +156,15 @@ class Conv:
         def place(total: jax.Array) -> jax.Array:
             return self._placed(total.reshape(*self._taps, 1, self._blocks, self._outer))
 
-        return direct(sizes, rows, place, [x, g], scale)
+        return direct(
+            sizes,
+            rows,
+            place,
+            [x, g],
+            scale,
+            chunk_bytes=chunk_bytes,
+            extra_bytes=2.0 * x.size * x.dtype.itemsize,
+        )
 
     def _gram(self, x: jax.Array, g: jax.Array, scale: float) -> Way:
         def make() -> tuple[jax.Array, jax.Array]:
@@ -170,7 +197,7 @@ class Conv:
         blocks = sizes.groups * sizes.blocks
         flops = 2.0 * blocks * (pixels**2 * self._inner + sizes.uses**2 * (sizes.outer + taps))
         moved = 8.0 * blocks * (pixels**2 + padded**2 + 2 * sizes.uses**2)
-        return Way(flops, moved, run)
+        return Way(0.0, flops, moved, run)
 
     def _padded(self, x: jax.Array) -> jax.Array:
         padding = [(0, 0, 0)] * 3 + self._padding + [(0, 0, 0)]

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from clars_optax.norms._rules._products import Sizes, by_gram, direct, gradients, merged
@@ -36,18 +37,9 @@ class Dense:
         self._uses = range(uses, uses + widths[0])
         self._outer = range(outer, outer + widths[1])
 
-    def ways(self, x: jax.Array, g: jax.Array, scale: float) -> list[Way]:
+    def ways(self, x: jax.Array, g: jax.Array, scale: float, chunk_bytes: int) -> list[Way]:
         """The ways to the squared norms, from arrays `[G, b, *axes]`."""
-        a = merged(
-            x, [0], _later(self._x.blocks), [1, *_later(self._x.free)], _later(self._x.inner)
-        )
-        c = merged(
-            g,
-            [0],
-            _later(range(len(self._x.blocks))),
-            [1, *_later(self._uses)],
-            _later(self._outer),
-        )
+        a, c = self._canonical(x, g)
         num_groups, num_blocks, uses, inner = a.shape
         sizes = Sizes(num_groups, num_blocks, uses, inner, outer=c.shape[-1])
 
@@ -55,9 +47,31 @@ class Dense:
             return gradients(a, c, self._precision)
 
         return [
-            direct(sizes, rows, self._place, [a, c], scale),
+            direct(sizes, rows, self._place, [a, c], scale, chunk_bytes=chunk_bytes),
             by_gram(sizes, lambda: (a, c), scale, self._precision),
         ]
+
+    def gradient(self, x: jax.Array, g: jax.Array) -> jax.Array:
+        """The weight gradient, from arrays `[N, 1, *axes]`."""
+        a, c = (x.swapaxes(0, 1).reshape(x.shape[1], -1, x.shape[3]) for x in self._canonical(x, g))
+        # With one axis to add up XLA's CPU backend needs no transposed copy of an operand.
+        numbers: Any = (((1,), (1,)), ((0,), (0,)))
+        if len(a) == 1:
+            a, c, numbers = a[0], c[0], (((0,), (0,)), ((), ()))
+        total = jax.lax.dot_general(
+            a, c, numbers, precision=self._precision, preferred_element_type=jnp.float32
+        )
+        return self._place(total)
+
+    def _canonical(self, x: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """`[G, blocks, uses, inner]` and `[G, blocks, uses, outer]`."""
+        blocks = range(len(self._x.blocks))
+        return (
+            merged(
+                x, [0], _later(self._x.blocks), [1, *_later(self._x.free)], _later(self._x.inner)
+            ),
+            merged(g, [0], _later(blocks), [1, *_later(self._uses)], _later(self._outer)),
+        )
 
     def _place(self, gradient: jax.Array) -> jax.Array:
         order = (*self._w.blocks, *self._w.inner, *self._w.free)

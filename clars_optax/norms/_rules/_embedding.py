@@ -28,7 +28,7 @@ class Embedding:
         self._lengths = [table[axis] for axis in numbers.start_index_map]
         self._drops = params["mode"] == GatherScatterMode.FILL_OR_DROP
 
-    def ways(self, x: jax.Array, g: jax.Array, scale: float) -> list[Way]:
+    def ways(self, x: jax.Array, g: jax.Array, scale: float, chunk_bytes: int) -> list[Way]:
         """The ways to the squared norms, from arrays `[G, b, *axes]`.
 
         The inputs of the product are one-hot vectors, so that their Gram matrix says which uses
@@ -52,7 +52,10 @@ class Embedding:
             return Squares(paired(same[:, None].astype(jnp.float32), products), None)
 
         flops = 2.0 * num_groups * uses**2 * width
-        return [Way(flops, 12.0 * num_groups * uses**2, run)]
+        return [Way(0.0, flops, 12.0 * num_groups * uses**2, run)]
+
+    def gradient(self, x: jax.Array, g: jax.Array) -> None:
+        """None: the look-up's own derivative is as good."""
 
 
 def is_lookup(params: dict[str, Any], shapes: Sequence[Sequence[int]]) -> bool:

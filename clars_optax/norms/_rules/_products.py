@@ -21,9 +21,6 @@ import jax.numpy as jnp
 
 from clars_optax.norms._rules._ways import Squares, Way
 
-_CHUNK = 8 * 2**20
-"""About how many bytes Direct keeps at a time."""
-
 
 @dataclass(frozen=True)
 class Sizes:
@@ -109,12 +106,22 @@ def sum_of_rows(rows: jax.Array) -> jax.Array:
     return flat.reshape(rows.shape[1:])
 
 
+def _lengths(x: jax.Array) -> jax.Array:
+    """The squared lengths along the last axis, `[G, B]` of `[G, B, 1, D]`."""
+    x = x[:, :, 0].astype(jnp.float32)
+    return jax.lax.dot_general(
+        x, x, (((2,), (2,)), ((0, 1), (0, 1))), precision=jax.lax.Precision.HIGHEST
+    )
+
+
 def direct(
     sizes: Sizes,
     rows: Callable[..., jax.Array],
     place: Callable[[jax.Array], jax.Array],
     arrays: Sequence[jax.Array],
     scale: float,
+    *,
+    chunk_bytes: int,
     extra_bytes: float = 0.0,
 ) -> Way:
     """Direct, a chunk of the groups at a time.
@@ -125,22 +132,39 @@ def direct(
       place: brings the sum of gradients into the parameter's shape.
       arrays: what `rows` needs, with the groups on the first axis.
       scale: a factor for the gradients of which the norms are wanted.
-      extra_bytes: what `rows` writes besides the gradients.
+      chunk_bytes: how much may be made at a time.
+      extra_bytes: what `rows` writes besides the gradients, for all groups.
     """
-    chunk = max(1, int(sizes.groups * _CHUNK / (sizes.rows_bytes + extra_bytes)))
+    made_bytes = sizes.rows_bytes + extra_bytes
+    num_chunks = min(sizes.groups, math.ceil(made_bytes / chunk_bytes))
+    size = math.ceil(sizes.groups / num_chunks)
+
+    def some(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+        made = rows(*arrays)
+        return sum_of_rows(made), squared(made * scale)
+
+    def add(total: jax.Array, arrays: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
+        added, squares = some(*arrays)
+        return total + added, squares
 
     def run() -> Squares:
-        total: Any = None
-        squares = []
-        for start in range(0, sizes.groups, chunk):
-            made = rows(*(x[start : start + chunk] for x in arrays))
-            squares.append(squared(made * scale))
-            part = sum_of_rows(made)
-            total = part if total is None else total + part
-        return Squares(jnp.concatenate(squares), place(total))
+        if num_chunks == 1:
+            total, squares = some(*arrays)
+            return Squares(squares, place(total))
+        # In a loop: chunks that stand side by side would all be in memory at once.
+        looped = sizes.groups // size * size
+        parts = [x[:looped].reshape(-1, size, *x.shape[1:]) for x in arrays]
+        # Like the results, so that it varies over the same mapped axes as they do.
+        zeros = jnp.zeros_like(some(*(x[0] for x in parts))[0])
+        total, squares = jax.lax.scan(add, zeros, parts)
+        found = [squares.reshape(-1)]
+        if looped < sizes.groups:
+            total, squares = add(total, [x[looped:] for x in arrays])
+            found.append(squares)
+        return Squares(jnp.concatenate(found), place(total))
 
     moved = 3 * sizes.rows_bytes + 2 * extra_bytes
-    return Way(sizes.gradient_flops, moved, run, saved=sizes.gradient_flops)
+    return Way(sizes.gradient_flops, 0.0, moved, run, saved=sizes.gradient_flops)
 
 
 def by_gram(
@@ -162,7 +186,9 @@ def by_gram(
 
     def run() -> Squares:
         a, g = make()
+        if sizes.uses == 1:
+            return Squares(jnp.sum(_lengths(a) * _lengths(g * scale), axis=1), None)
         # Scaled first: the square of a cotangent would underflow.
         return Squares(paired(gram(a, precision), gram(g * scale, precision)), None)
 
-    return Way(sizes.pairs_flops, 4 * sizes.pairs_bytes + 2 * extra_bytes, run)
+    return Way(0.0, sizes.pairs_flops, 4 * sizes.pairs_bytes + 2 * extra_bytes, run)
