@@ -19,7 +19,7 @@ from clars_optax.norms._layout import (
     unbatched,
     unknown,
 )
-from clars_optax.norms._program import Operation, Program, Value, body_of, match
+from clars_optax.norms._program import Operation, Program, Value, match
 
 Rule = Callable[[Operation, Sequence[Layout]], Layout]
 
@@ -27,8 +27,8 @@ ELEMENTWISE = frozenset(
     """
     abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp complex conj
     convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor
-    ge gt igamma igammac imag integer_pow is_finite le lgamma log log1p logistic lt max min mul ne
-    neg nextafter not or polygamma pow real reduce_precision rem round rsqrt select_n
+    ge gt igamma igammac imag integer_pow is_finite le lgamma log log1p logistic lt max min mul
+    name ne neg nextafter not or polygamma pow real reduce_precision rem round rsqrt select_n
     sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt
     square stop_gradient sub tan tanh xor zeta
     """.split()
@@ -43,6 +43,8 @@ COLLECTIVES = frozenset(
     """.split()
 )
 """Primitives that speak with other devices."""
+
+_A_PART = "a slice takes a part of the batch"
 
 _RULES: dict[str, Rule] = {}
 
@@ -70,7 +72,17 @@ def follow(
       The layouts, and the pairs of values that stand at the same place in the two programs.
     """
     pairs = match(program, doubled)
-    known = dict(batch)
+    return _layouts(program, batch, pairs, num_examples), pairs
+
+
+def _layouts(
+    program: Program,
+    entering: Mapping[Value, Layout],
+    pairs: Mapping[Value, Value],
+    num_examples: int,
+) -> dict[Value, Layout]:
+    """The layouts of all values, those inside of nested programs included."""
+    known = dict(entering)
     while True:
         layouts = dict(known)
 
@@ -82,14 +94,19 @@ def follow(
 
         for operation in program.operations:
             given = [settle(value) for value in operation.operands]
-            outputs = _propagate(operation, given, pairs, num_examples)
+            inside = _inside(operation, given, pairs, num_examples)
+            if inside is None:
+                outputs = _propagate(operation, given)
+            else:
+                layouts.update(inside)
+                outputs = _leaving(operation, inside)
             for value, layout in zip(operation.outputs, outputs, strict=True):
                 settle(value, layout)
         for value in (*program.inputs, *program.outputs):
             settle(value)
         learnt = _learn(program, layouts)
         if not learnt:
-            return layouts, pairs
+            return layouts
         known.update(learnt)
 
 
@@ -126,17 +143,14 @@ def _reconcile(
             # By coincidence the factors fit at this batch size; at another they would not.
             return unknown(shape, "a reshape cuts across the batch")
         if (size, twice) != (num_examples, 2 * num_examples):
-            return unknown(shape, f"the batch is mixed with something else on axis {index}")
+            is_slice = value.producer is not None and value.producer.name == "slice"
+            mixed = f"the batch is mixed with something else on axis {index}"
+            return unknown(shape, _A_PART if is_slice else mixed)
         axes[index] = (Factor(size, 1),)
     return Layout(tuple(axes))
 
 
-def _propagate(
-    operation: Operation,
-    given: Sequence[Layout],
-    pairs: Mapping[Value, Value],
-    num_examples: int,
-) -> list[Layout]:
+def _propagate(operation: Operation, given: Sequence[Layout]) -> list[Layout]:
     if not operation.outputs:
         # It is there for its effect, as `jax.debug.print` is.
         return []
@@ -148,31 +162,74 @@ def _propagate(
         rule = _RULES.get(operation.name)
     if rule is not None and len(operation.outputs) == 1:
         return [rule(operation, given)]
-    if operation.name == "optimization_barrier":
-        return list(given)
     if operation.name == "split":
         return _split(operation, given)
-    inner = _through_body(operation, given, pairs, num_examples)
-    if inner is not None:
-        return inner
     return [_other(operation, given, output) for output in operation.outputs]
 
 
-def _through_body(
+def _inside(
     operation: Operation,
     given: Sequence[Layout],
     pairs: Mapping[Value, Value],
     num_examples: int,
-) -> list[Layout] | None:
-    """The layouts that a function with its own derivative gives, by looking into its body."""
-    twin = pairs[operation.outputs[0]].producer if operation.outputs[0] in pairs else None
-    body, doubled_body = body_of(operation), None if twin is None else body_of(twin)
-    if body is None or doubled_body is None:
+) -> dict[Value, Layout] | None:
+    """The layouts inside of an operation's bodies; None where the sizes must do."""
+    if not operation.bodies or any(x not in pairs for b in operation.bodies for x in b.inputs):
         return None
-    program, doubled = Program(body, num_params=0), Program(doubled_body, num_params=0)
-    entering = dict(zip(program.inputs, given, strict=True))
-    layouts, _ = follow(program, doubled, entering, num_examples)
-    return [layouts[program.outputs[position]] for position in operation.positions]
+    entering = list(given[-len(operation.entering) :])
+    carried: Sequence[int] = ()
+    if operation.kind == "scan":
+        if walks_through_the_batch(operation, given, pairs):
+            return None
+        start = operation.params["num_consts"]
+        stop = start + operation.params["num_carry"]
+        carried = range(start, stop)
+        entering[stop:] = [Layout(x.axes[1:], x.problem) for x in entering[stop:]]
+    while True:
+        layouts: dict[Value, Layout] = {}
+        for body in operation.bodies:
+            known = dict(zip(body.inputs, entering, strict=True))
+            layouts.update(_layouts(body, known, pairs, num_examples))
+        before = list(entering)
+        for index, value in zip(carried, operation.bodies[0].outputs, strict=False):
+            body_input = operation.bodies[0].inputs[index]
+            entering[index] = _agreed(entering[index], layouts[value], body_input)
+        if entering == before:
+            return layouts
+
+
+def walks_through_the_batch(
+    operation: Operation, given: Sequence[Layout], pairs: Mapping[Value, Value]
+) -> bool:
+    """Whether the steps of a scan are the examples, or depend on their number."""
+    first = operation.params["num_consts"] + operation.params["num_carry"]
+    twin = next((pairs[value].producer for value in operation.outputs if value in pairs), None)
+    return any(0 in layout.batch_axes for layout in given[first:]) or (
+        twin is not None and twin.params["length"] != operation.params["length"]
+    )
+
+
+def _agreed(one: Layout, other: Layout, value: Value) -> Layout:
+    """The layout of what two branches return, or a scan takes from one step to the next."""
+    if one == other:
+        return one
+    if one.problem is None and other.problem is None:
+        return unknown(value.shape, "two arrangements of the batch meet")
+    # An array that the loss made itself lies as the one that takes its place.
+    return other if one.problem is not None and other.problem is None else one
+
+
+def _leaving(operation: Operation, inside: Mapping[Value, Layout]) -> list[Layout]:
+    """The layouts of the results of an operation with bodies."""
+    layouts = []
+    for value, position in zip(operation.outputs, operation.positions, strict=True):
+        layout, *others = (inside[body.outputs[position]] for body in operation.bodies)
+        for other in others:
+            layout = _agreed(layout, other, value)
+        if operation.kind == "scan" and position >= operation.params["num_carry"]:
+            layout = Layout((plain_axis(value.shape[0]), *layout.axes), layout.problem)
+        layouts.append(layout)
+    return layouts
 
 
 def _only(layouts: Sequence[Axis]) -> Axis | None:
@@ -352,10 +409,13 @@ def _conv(operation: Operation, given: Sequence[Layout]) -> Layout:
 @_rule("concatenate")
 def _concatenate(operation: Operation, given: Sequence[Layout]) -> Layout:
     shape = operation.outputs[0].shape
+    along = operation.params["dimension"]
+    if _is_rolled(operation, given):
+        # The examples in another order: the sizes say so if it is all of them.
+        return unbatched(shape)
     problem = _problem(given)
     if problem is not None:
         return unknown(shape, problem)
-    along = operation.params["dimension"]
     axes: list[Axis] = []
     for index, size in enumerate(shape):
         parts = [layout.axes[index] for layout in given]
@@ -368,6 +428,34 @@ def _concatenate(operation: Operation, given: Sequence[Layout]) -> Layout:
             return unknown(shape, "examples are concatenated with something else")
         axes.append(axis)
     return Layout(tuple(axes))
+
+
+def _is_rolled(operation: Operation, given: Sequence[Layout]) -> bool:
+    """Whether slices along the batch are put together again, as `jnp.roll` does."""
+    sources = set()
+    for value in operation.operands:
+        if value.producer is None or value.producer.name != "slice":
+            return False
+        sources.add(value.producer.operands[0])
+    return len(sources) == 1 and all(
+        layout.problem == _A_PART or not layout.carries_batch for layout in given
+    )
+
+
+@_rule("stack")
+def _stack(operation: Operation, given: Sequence[Layout]) -> Layout:
+    shape, along = operation.outputs[0].shape, operation.params["axis"]
+    problem = _problem(given)
+    axes: list[Axis] = []
+    for size, *parts in zip(
+        operation.operands[0].shape, *(layout.axes for layout in given), strict=True
+    ):
+        axis = _only(parts)
+        if axis is None:
+            problem = problem or "two arrangements of the batch meet"
+        axes.append(axis or plain_axis(size))
+    axes.insert(along, plain_axis(shape[along]))
+    return unknown(shape, problem) if problem is not None else Layout(tuple(axes))
 
 
 def _joined(parts: Sequence[Axis]) -> Axis | None:
@@ -406,10 +494,19 @@ def _cut(axis: Axis, start: int, stop: int, stride: int) -> Axis | None:
     return None
 
 
+def _is_plain(layout: Layout) -> bool:
+    """Whether all the batch is one axis, example after example."""
+    factors = layout.batch_factors
+    return len(factors) == 1 and factors[0].stride == 1 and (factors[0],) in layout.axes
+
+
 def _sliced(layout: Layout, shape: Sequence[int], cuts: Sequence[tuple[int, int, int]]) -> Layout:
     axes = [_cut(axis, *cut) for axis, cut in zip(layout.axes, cuts, strict=True)]
+    if layout.problem is None and None in axes and _is_plain(layout):
+        # A fixed number of examples, as `x[0]`, is no batch; the sizes tell it from a part.
+        return unbatched(shape)
     if layout.problem is not None or None in axes:
-        return unknown(shape, layout.problem or "a slice takes a part of the batch")
+        return unknown(shape, layout.problem or _A_PART)
     return Layout(tuple(axis for axis in axes if axis is not None))
 
 
@@ -444,7 +541,7 @@ def _dynamic_slice(operation: Operation, given: Sequence[Layout]) -> Layout:
     shape, source = operation.outputs[0].shape, operation.operands[0].shape
     if given[0].problem is None and all(shape[i] == source[i] for i in given[0].batch_axes):
         return _resized(given[0], shape)
-    return unknown(shape, given[0].problem or "a slice takes a part of the batch")
+    return unknown(shape, given[0].problem or _A_PART)
 
 
 @_rule(
@@ -466,7 +563,9 @@ def _pad(operation: Operation, given: Sequence[Layout]) -> Layout:
 @_rule("rev")
 def _rev(operation: Operation, given: Sequence[Layout]) -> Layout:
     shape = operation.outputs[0].shape
-    if given[0].problem is None and not given[0].batch_axes & {*operation.params["dimensions"]}:
+    reversed_axes = {*operation.params["dimensions"]}
+    if _is_plain(given[0]) or not given[0].batch_axes & reversed_axes:
+        # What takes the place of an example is that example from here on, as in `x[order]`.
         return given[0]
     return unknown(shape, given[0].problem or "the order of the examples is reversed")
 
@@ -490,5 +589,5 @@ def _gather(operation: Operation, given: Sequence[Layout]) -> Layout:
         if sizes[axis_index] == source[axis_index]:
             axes[target] = operand.axes[axis_index]
         elif axis_index in operand.batch_axes:
-            return unknown(shape, "a slice takes a part of the batch")
+            return unknown(shape, _A_PART)
     return Layout(tuple(axes))

@@ -11,7 +11,7 @@ from clars_optax.norms._program import Operation, Value
 _LOCAL = ELEMENTWISE | frozenset(
     """
     broadcast_in_dim concatenate conv_general_dilated dot_general gather pad reduce_max reduce_min
-    reduce_prod reduce_sum reshape squeeze tile transpose
+    reduce_prod reduce_sum reshape squeeze stack tile transpose
     """.split()
 )
 
@@ -19,7 +19,7 @@ _LOCAL = ELEMENTWISE | frozenset(
 # loss.
 _ADDITIVE = frozenset(
     """
-    add add_any broadcast_in_dim convert_element_type copy neg pbroadcast pcast psum psum2
+    add add_any broadcast_in_dim convert_element_type copy name neg pbroadcast pcast psum psum2
     psum_invariant pvary reduce_sum reshape sharding_constraint squeeze sub
     """.split()
 )
@@ -73,6 +73,22 @@ AFTER_THE_MEAN = Obstacle(
 )
 
 
+OVER_THE_BATCH = Obstacle(
+    NotImplementedError,
+    "the parameter meets a loop whose steps are the examples. Use jax.vmap or jax.lax.map over "
+    "the examples, and reduce what it returns.",
+)
+
+
+def not_followed(problem: str) -> Obstacle:
+    """Why a layout is not known."""
+    return Obstacle(
+        NotImplementedError,
+        f"the parameter meets values in which the batch cannot be followed ({problem}). Apply "
+        "the parameter where one axis is the batch.",
+    )
+
+
 def find_obstacle(
     operation: Operation, layouts: Mapping[Value, Layout], pairs: Mapping[Value, Value]
 ) -> Obstacle | None:
@@ -87,17 +103,26 @@ def find_obstacle(
         return None
     problem = next((layout.problem for layout in every if layout.problem is not None), None)
     if problem is not None:
-        return Obstacle(
-            NotImplementedError,
-            f"the parameter meets values in which the batch cannot be followed ({problem}). Apply "
-            "the parameter where one axis is the batch.",
-        )
+        return not_followed(problem)
     if any(layout.is_crossed for layout in every):
         return TWO_BATCH_AXES
+    if operation.name == "scan":
+        return None if _is_map(operation, operands) else OVER_THE_BATCH
     if operation.name not in _LOCAL:
         return UNSUPPORTED
     outputs = [layouts[value] for value in operation.outputs]
     return MIXED if _mixes(operation, operands, outputs) else None
+
+
+def _is_map(operation: Operation, layouts: Sequence[Layout]) -> bool:
+    """Whether a scan does the same for every example, as `jax.lax.map` over the batch does."""
+    num_consts = operation.params["num_consts"]
+    return (
+        operation.params["num_carry"] == 0
+        and not any(layout.carries_batch for layout in layouts[:num_consts])
+        and all(layout.batch_axes <= {0} for layout in layouts)
+        and all(len(x.axes[0]) == 1 for x in layouts[num_consts:])
+    )
 
 
 def _mixes(operation: Operation, layouts: Sequence[Layout], outputs: Sequence[Layout]) -> bool:

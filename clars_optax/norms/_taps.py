@@ -61,6 +61,12 @@ class Rows:
             return split_examples(x, layout, self.num_examples), None
         return split_groups(x, layout, num_groups=self.num_groups, group_size=self.group_size)
 
+    def copies(self, x: jax.Array, layout: Layout) -> jax.Array:
+        """The shadow of a value that has none: every row sees the same, or its own part."""
+        if layout.carries_batch:
+            return self.cut(x, layout)[0]
+        return jnp.broadcast_to(x, (self.count, *jnp.shape(x)))
+
     def squared_norms(self, rows: jax.Array) -> jax.Array:
         """The squared norm of each group's gradient, float32 `[num_groups]`."""
         if self.by_example:
@@ -138,6 +144,8 @@ class Use:
                     changed["shape"] = shape
                 case "reshape":
                     changed["new_sizes"] = shape
+                case "scan":
+                    changed["length"] = examples
                 case "tile":
                     before = self.layouts[0].local_shape(examples)
                     changed["reps"] = tuple(a // b for a, b in zip(shape, before, strict=True))
@@ -215,10 +223,10 @@ class Use:
 def meet(use: Use, shadows: Sequence[jax.Array], arguments: Sequence[Any], rows: Rows) -> list[Any]:
     """An operation in which values with shadows meet the batch: the operation itself, forward."""
 
-    @jax.custom_vjp
-    def run(shadows: Sequence[jax.Array], arguments: Sequence[Any]) -> list[Any]:
+    def forward(shadows: Sequence[jax.Array], arguments: Sequence[Any]) -> tuple[Any, Any]:
+        # The bare operation: a policy of `jax.checkpoint` must know it by its name.
         del shadows
-        return use.operation.apply(*arguments)
+        return use.operation.apply(*arguments), arguments
 
     def backward(arguments: list[Any], cotangents: list[Any]) -> tuple[list[Any], list[Any]]:
         cotangents = use.differentiable(cotangents)
@@ -227,7 +235,8 @@ def meet(use: Use, shadows: Sequence[jax.Array], arguments: Sequence[Any], rows:
         cut = [rows.cut(x, layout) for x, layout in zip(cotangents, layouts, strict=True)]
         return use.placed(use.pull_rows(arguments, cut, use.shadowed, rows), active)
 
-    run.defvjp(lambda shadows, arguments: (run(shadows, arguments), arguments), backward)
+    run = jax.custom_vjp(lambda *args: forward(*args)[0])
+    run.defvjp(forward, backward)
     return run(list(shadows), list(arguments))
 
 
@@ -236,16 +245,11 @@ def carry(
 ) -> list[jax.Array]:
     """The shadows of the results of an operation that does not meet the whole batch."""
 
-    def shadow(output: jax.Array, layout: Layout) -> jax.Array:
-        if layout.carries_batch:
-            return rows.cut(output, layout)[0]
-        return jnp.broadcast_to(output, (rows.count, *output.shape))
-
     @jax.custom_vjp
     def run(shadows: Sequence[jax.Array], arguments: Sequence[Any]) -> list[jax.Array]:
         del shadows
         outputs = use.operation.apply(*arguments)
-        return [shadow(x, layout) for x, layout in zip(outputs, use.output_layouts, strict=True)]
+        return [rows.copies(x, y) for x, y in zip(outputs, use.output_layouts, strict=True)]
 
     def backward(arguments: list[Any], cotangents: list[Any]) -> tuple[list[Any], list[Any]]:
         cotangents = use.differentiable(cotangents)

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from clars_optax.norms import _arguments
 from clars_optax.norms._batch_axes import follow
-from clars_optax.norms._interpreter import Plan, run
+from clars_optax.norms._interpreter import Plan, Scope, run
 from clars_optax.norms._layout import leading
 from clars_optax.norms._microbatches import Result, accumulate, find_aux_axes
+from clars_optax.norms._nested import Entry
 from clars_optax.norms._program import Program
 from clars_optax.norms._taps import Rows
 
@@ -255,8 +256,9 @@ def _one_batch(
     )
 
     def tapped(params: Sequence[Any], taps: Sequence[Any]) -> tuple[Any, list[Any]]:
-        value, *aux = run(plan, params, taps, batch, rows)
-        return value, aux
+        entries = [Entry(x, tap=tap) for x, tap in zip(params, taps, strict=True)]
+        value, *aux = run(plan, [*entries, *map(Entry, batch)], rows)
+        return value.value, [jax.lax.stop_gradient(x.value) for x in aux]
 
     # Made from the parameters, a tap varies over the same mapped axes as they do.
     taps = [
@@ -305,8 +307,8 @@ def _plan(
             "batch size: pass the arrays in arguments of their own, named in batch_argnums, and "
             f"take sizes from the arrays' shapes. The error was: {error}"
         ) from error
-    program = Program(traced, num_params=len(params))
-    doubled = Program(doubled_jaxpr, num_params=len(params))
+    program = Program.of_loss(traced, len(params))
+    doubled = Program.of_loss(doubled_jaxpr, len(params))
     inputs = program.inputs
     layouts, pairs = follow(
         program,
@@ -314,10 +316,8 @@ def _plan(
         {value: leading(value.shape) for value in inputs[len(params) :]},
         num_examples,
     )
-    return Plan(
+    return Plan.of_loss(
         program,
-        layouts,
-        pairs,
+        Scope(layouts, pairs, num_examples),
         dict(zip(inputs[: len(params)], paths, strict=True)),
-        num_examples,
     )

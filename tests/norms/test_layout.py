@@ -23,7 +23,7 @@ def inferred(function, shape):
         jax.make_jaxpr(function)(jax.ShapeDtypeStruct((n, *shape[1:]), jnp.float32))
         for n in (shape[0], 2 * shape[0])
     ]
-    program, doubled = (Program(jaxpr, num_params=0) for jaxpr in jaxprs)
+    program, doubled = (Program.of_loss(jaxpr, 0) for jaxpr in jaxprs)
     layouts, _ = follow(program, doubled, {program.inputs[0]: leading(shape)}, shape[0])
     return layouts[program.outputs[0]]
 

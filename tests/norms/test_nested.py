@@ -1,0 +1,237 @@
+"""Parameters that meet the batch inside nested programs: `checkpoint`, `cond`, `scan` ..."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import clars_optax
+from tests.norms.models import NUM_EXAMPLES, Model, normal, squared
+from tests.norms.test_uncoupled import norms_of_groups
+
+MODELS = {}
+
+
+def model(function):
+    MODELS[function.__name__] = function
+    return function
+
+
+WIDTHS = {"w": normal(0, 4, 4), "b": normal(1, 4), "v": normal(3, 4, 2), "s": normal(4, 4)}
+X = normal(2, NUM_EXAMPLES, 4)
+SEQUENCES = normal(5, NUM_EXAMPLES, 3, 4)
+STACKED = {"w": normal(0, 3, 4, 4), "b": normal(1, 3, 4), "v": normal(3, 4, 2)}
+
+
+def block(p, x):
+    return jnp.tanh(x @ p["w"] + p["b"])
+
+
+@model
+def checkpointed():
+    def loss(p, x):
+        h = jax.checkpoint(block)(p, x)
+        h = jax.checkpoint(block, policy=jax.checkpoint_policies.dots_saveable)(p, h)
+        return squared(h * p["s"])
+
+    return Model(loss, WIDTHS, X)
+
+
+@model
+def checkpointed_loss_with_a_term_of_parameters():
+    @jax.checkpoint
+    def loss(p, x):
+        penalty = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(p))
+        return jax.checkpoint(lambda x: squared(block(p, x)) + 0.1 * penalty)(x) * 2 + penalty
+
+    return Model(loss, WIDTHS, X)
+
+
+@model
+def checkpointed_by_name():
+    def named(p, x):
+        h = jax.ad_checkpoint.checkpoint_name(x @ jax.ad_checkpoint.checkpoint_name(p["w"], "w"), "h")
+        return jnp.sin(h + p["b"])
+
+    def loss(p, x):
+        policy = jax.checkpoint_policies.save_only_these_names("h")
+        return squared(jax.checkpoint(named, policy=policy, prevent_cse=False)(p, x))
+
+    return Model(loss, WIDTHS, X)
+
+
+@model
+def branches():
+    def loss(p, x):
+        h = jax.lax.cond(x.shape[0] * p["s"][0] < 1e3, lambda: x @ p["w"], lambda: x * p["b"])
+        h = jax.lax.switch(1, [lambda h: h, lambda h: h * p["s"] + p["b"], jnp.sin], h)
+        scale = jax.lax.cond(True, lambda p, q: q, lambda p, q: p, p["b"], p["s"])
+        return squared(h * scale)
+
+    return Model(loss, WIDTHS, X)
+
+
+@model
+def branch_that_adds_a_penalty():
+    def loss(p, x):
+        value = squared(x @ p["w"])
+        return jax.lax.cond(
+            p["b"][0] < 100, lambda: value + jnp.sum(p["w"] ** 2) * 0.1, lambda: value
+        ) + jax.lax.cond(p["b"][0] < 100, lambda: jnp.sum(p["b"] ** 2), lambda: 0.0)
+
+    return Model(loss, WIDTHS, X)
+
+
+@model
+def scan_over_layers():
+    def loss(p, x):
+        def step(h, layer):
+            return block(layer, h) + h, h.mean(1)
+
+        h, means = jax.lax.scan(step, x, {"w": p["w"], "b": p["b"]}, unroll=2)
+        return squared(jnp.concatenate([h @ p["v"], means.T], 1))
+
+    return Model(loss, STACKED, X)
+
+
+@model
+def reverse_scan_over_checkpointed_layers():
+    def loss(p, x):
+        layers = {"w": p["w"], "b": p["b"]}
+        h, _ = jax.lax.scan(
+            lambda h, layer: (jax.checkpoint(block)(layer, h), None), x, layers, reverse=True
+        )
+        return squared(h @ p["v"])
+
+    return Model(loss, STACKED, X)
+
+
+@model
+def stacked_layers_used_elsewhere():
+    def loss(p, x):
+        h, _ = jax.lax.scan(
+            lambda h, layer: (jnp.tanh(h @ layer[0] + layer[1]), None), x, (p["w"], p["b"] * 2)
+        )
+        return squared(h @ p["w"][0]) + jnp.sum(p["b"] ** 2)
+
+    return Model(loss, STACKED, X)
+
+
+@model
+def scan_over_time():
+    def loss(p, x):
+        def step(h, now):
+            h = jnp.tanh(now @ p["w"] + h * p["s"] + p["b"])
+            return h, h @ p["v"]
+
+        h, outputs = jax.lax.scan(step, jnp.zeros((x.shape[0], 4)), x.swapaxes(0, 1))
+        return squared(outputs.swapaxes(0, 1)) + squared(h)
+
+    return Model(loss, WIDTHS, SEQUENCES)
+
+
+@model
+def scan_with_carries_of_parameters():
+    def loss(p, x):
+        def step(carry, _):
+            power, h, penalty, other = carry
+            power, h = power @ p["w"], jnp.tanh(h @ power + p["b"])
+            return (power, h, penalty + jnp.sum(power**2), p["s"]), power[0] * p["s"]
+
+        init = (jnp.eye(4), x, 0.0, jnp.zeros(4))
+        (power, h, penalty, other), rows = jax.lax.scan(step, init, None, length=3)
+        return squared(h @ power * other * rows[1]) + 0.01 * penalty
+
+    return Model(loss, WIDTHS, X)
+
+
+@model
+def loss_added_up_in_a_scan():
+    def loss(p, x):
+        def step(total, now):
+            penalty = 0.1 * jnp.sum(p["b"] ** 2)
+            return total + squared(now @ p["w"]) + penalty, None
+
+        return jax.lax.scan(step, 0.0, x.swapaxes(0, 1))[0]
+
+    return Model(loss, WIDTHS, SEQUENCES)
+
+
+@model
+def for_loop():
+    def loss(p, x):
+        return squared(jax.lax.fori_loop(0, 3, lambda _, h: jnp.tanh(h @ p["w"] + p["b"]), x))
+
+    return Model(loss, WIDTHS, X)
+
+
+@model
+def loops_in_branches_in_loops():
+    def loss(p, x):
+        def outer(h, layer):
+            def inner(h, index):
+                h = jax.lax.cond(index > 1, lambda: block(layer, h), lambda: h * p["v"][:, 0])
+                return h, None
+
+            return jax.lax.scan(jax.checkpoint(inner), h, jnp.arange(3))[0], None
+
+        return squared(jax.lax.scan(outer, x, {"w": p["w"], "b": p["b"]})[0])
+
+    return Model(loss, STACKED, X)
+
+
+@model
+def mapped_over_the_batch():
+    def loss(p, x):
+        return jnp.mean(jax.lax.map(lambda x: jnp.sum(block(p, x) ** 3), x))
+
+    return Model(loss, WIDTHS, SEQUENCES)
+
+
+@model
+def barrier():
+    def loss(p, x):
+        w, x, b = jax.lax.optimization_barrier((p["w"], x, p["b"]))
+        return squared(jnp.tanh(x @ w) + b)
+
+    return Model(loss, WIDTHS, X)
+
+
+@model
+def stacks():
+    def loss(p, x):
+        h = jnp.stack([x @ p["w"], jnp.broadcast_to(p["b"], x.shape)], 1)
+        return squared(jnp.stack([h[:, 0], h[:, 1] * p["s"]], 2))
+
+    return Model(loss, WIDTHS, X)
+
+
+OPTIONS = [
+    {},
+    {"group_size": 2},
+    {"group_size": NUM_EXAMPLES},
+    {"num_norm_examples": 4, "group_size": 2},
+    {"microbatch_size": 3},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_matches_vmap_of_grad(name, options):
+    loss, params, batch = MODELS[name]()
+    grads = jax.jit(jax.vmap(lambda p, x: jax.grad(loss)(p, x[None]), in_axes=(None, 0)))(
+        params, batch
+    )
+    value, grad, norms = jax.jit(clars_optax.value_and_grad_and_norms(loss, **options))(
+        params, batch
+    )
+    expected_value, expected_grad = jax.jit(jax.value_and_grad(loss))(params, batch)
+    chex.assert_trees_all_close(value, expected_value, rtol=1e-6)
+    chex.assert_trees_all_close(grad, expected_grad, rtol=1e-5, atol=1e-5)
+    group_size = options.get("group_size", 1)
+    kept = options.get("num_norm_examples", NUM_EXAMPLES) // group_size
+    expected = jax.tree.map(lambda n: n[:kept], norms_of_groups(grads, group_size))
+    chex.assert_trees_all_equal_shapes_and_dtypes(norms, expected)
+    for found, wanted in zip(jax.tree.leaves(norms), jax.tree.leaves(expected), strict=True):
+        assert jnp.max(jnp.abs(found - wanted)) <= 1e-5 * jnp.max(wanted) + 1e-7
