@@ -8,7 +8,7 @@ cannot be done is an error. Then the program is run, operation by operation, as
 """
 
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -28,11 +28,14 @@ class Scope:
       layouts: how the batch lies in each value.
       pairs: the values that the loss at twice the batch size has at the same place.
       num_examples: the batch size N.
+      twins: what stands in the place of some operations in the loss of a group (see
+        `Plan.untraced`).
     """
 
     layouts: Mapping[Value, Layout]
     pairs: Mapping[Value, Value]
     num_examples: int
+    twins: dict[Operation, Operation] = field(default_factory=dict)
 
     def carries_all(self, value: Value) -> bool:
         """Whether a value has a place for every example."""
@@ -98,6 +101,20 @@ class Plan:
         )
 
     @property
+    def untraced(self) -> dict[Operation, frozenset[str]]:
+        """Operations that must be traced at the size of a group, with the parameters in them."""
+        found = {
+            operation: frozenset().union(*(self.roots.get(v, ()) for v in operation.arguments))
+            for operation in self.meeting | self.carrying
+            if operation.name == "custom_vjp_call"
+            and any(self.scope.layouts[value].carries_batch for value in operation.operands)
+        }
+        for nested in self.nested.values():
+            for plan in nested.plans:
+                found.update(plan.untraced)
+        return found
+
+    @property
     def has_term_of_parameters(self) -> bool:
         """Whether a term of parameters alone is added to the loss."""
         return self.has_shadow(self.program.outputs[0])
@@ -119,6 +136,7 @@ class Plan:
                 for i, value in enumerate(arguments)
                 if value.from_params and not self.has_shadow(value)
             ),
+            self.scope.twins.get(operation),
         )
 
     def _classify(self, operation: Operation) -> None:

@@ -65,9 +65,9 @@ def can_nest(operation: Operation, layouts: Mapping[Value, Layout]) -> bool:
 
 
 def _is_reached(program: Program, layouts: Mapping[Value, Layout]) -> bool:
-    """Whether a value in a program carries the batch, or an operation speaks to other devices."""
+    """Whether the batch is in a program, or an operation speaks to other devices."""
     values = [*program.inputs, *(v for operation in program.operations for v in operation.outputs)]
-    return any(layouts[value].carries_batch for value in values) or any(
+    return any(value.from_batch or layouts[value].carries_batch for value in values) or any(
         operation.name in COLLECTIVES or can_nest(operation, layouts)
         for operation in program.operations
     )

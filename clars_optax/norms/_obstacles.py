@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from clars_optax.norms._batch_axes import COLLECTIVES, ELEMENTWISE
 from clars_optax.norms._layout import Layout
-from clars_optax.norms._program import Operation, Value
+from clars_optax.norms._program import Operation, Program, Value
 
 # Where examples stay apart, on the conditions in `_mixes`.
 _LOCAL = ELEMENTWISE | frozenset(
@@ -66,6 +66,12 @@ MIXED = Obstacle(
     "the parameter meets the batch where examples are mixed. Apply the parameter to each "
     "example on its own.",
 )
+MIXED_INSIDE = Obstacle(
+    NotImplementedError,
+    "the parameter meets the batch inside a function with a derivative of its own, and it cannot "
+    "be seen there that each example's result depends on that example alone. Apply the parameter "
+    "outside of it, or take it out of argnums.",
+)
 AFTER_THE_MEAN = Obstacle(
     ValueError,
     "the parameter meets a value that is reduced over the batch, other than by addition, so "
@@ -101,13 +107,15 @@ def find_obstacle(
         return TRACED_DIFFERENTLY
     if not any(layout.carries_batch for layout in every):
         return None
+    if operation.name == "scan":
+        return None if _is_map(operation, operands) else OVER_THE_BATCH
     problem = next((layout.problem for layout in every if layout.problem is not None), None)
     if problem is not None:
         return not_followed(problem)
     if any(layout.is_crossed for layout in every):
         return TWO_BATCH_AXES
-    if operation.name == "scan":
-        return None if _is_map(operation, operands) else OVER_THE_BATCH
+    if operation.name == "custom_vjp_call":
+        return None if _is_separate(operation.bodies[0], layouts) else MIXED_INSIDE
     if operation.name not in _LOCAL:
         return UNSUPPORTED
     outputs = [layouts[value] for value in operation.outputs]
@@ -120,9 +128,30 @@ def _is_map(operation: Operation, layouts: Sequence[Layout]) -> bool:
     return (
         operation.params["num_carry"] == 0
         and not any(layout.carries_batch for layout in layouts[:num_consts])
-        and all(layout.batch_axes <= {0} for layout in layouts)
+        and all(layout.problem is None and layout.batch_axes <= {0} for layout in layouts)
         and all(len(x.axes[0]) == 1 for x in layouts[num_consts:])
     )
+
+
+def _is_separate(program: Program, layouts: Mapping[Value, Layout]) -> bool:
+    """Whether a program computes every example's results from that example alone."""
+    for operation in program.operations:
+        values = [*operation.operands, *operation.outputs]
+        if any(value not in layouts for value in values):
+            return False
+        operands = [layouts[value] for value in operation.operands]
+        outputs = [layouts[value] for value in operation.outputs]
+        if not any(layout.carries_batch for layout in (*operands, *outputs)):
+            continue
+        if any(layout.problem is not None or layout.is_crossed for layout in (*operands, *outputs)):
+            return False
+        if operation.bodies:
+            separate = all(_is_separate(body, layouts) for body in operation.bodies)
+        else:
+            separate = operation.name in _LOCAL and not _mixes(operation, operands, outputs)
+        if not separate:
+            return False
+    return True
 
 
 def _mixes(operation: Operation, layouts: Sequence[Layout], outputs: Sequence[Layout]) -> bool:

@@ -200,7 +200,7 @@ def _bodies(equation: JaxprEqn, operands: Sequence[Value]) -> tuple[Program, ...
         # Each operand for itself: a body that does nothing.
         jaxprs: Any = jax.make_jaxpr(lambda *xs: xs)(*(atom.aval for atom in equation.invars))
     else:
-        jaxprs = equation.params.get(_BODIES.get(name))
+        jaxprs = equation.params.get(_BODIES.get(name, ""))
     if jaxprs is None:
         return ()
     entering = operands[1:] if name == "cond" else operands

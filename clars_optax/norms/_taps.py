@@ -61,6 +61,11 @@ class Rows:
             return split_examples(x, layout, self.num_examples), None
         return split_groups(x, layout, num_groups=self.num_groups, group_size=self.group_size)
 
+    def place_rest(self, rest: Any, layout: Layout) -> jax.Array:
+        """The rest of a batch in its place among zeros."""
+        like = jax.ShapeDtypeStruct(layout.local_shape(self.num_examples), rest.dtype)
+        return jax.linear_transpose(lambda x: self.cut(x, layout)[1], like)(rest)[0]
+
     def copies(self, x: jax.Array, layout: Layout) -> jax.Array:
         """The shadow of a value that has none: every row sees the same, or its own part."""
         if layout.carries_batch:
@@ -124,7 +129,9 @@ class Use:
     """An operation that some values with shadows enter.
 
     `shadowed` are the positions, among the operation's arguments, of the values with shadows;
-    `active` those of the other arguments to which a gradient flows.
+    `active` those of the other arguments to which a gradient flows. `twin` is the operation in the
+    loss of as many examples as a row has, for a function with a derivative of its own, which knows
+    only the size that it was traced at.
     """
 
     operation: Operation
@@ -132,10 +139,13 @@ class Use:
     output_layouts: tuple[Layout, ...]
     shadowed: tuple[int, ...]
     active: tuple[int, ...]
+    twin: Operation | None = None
 
     def local(self, arguments: Sequence[Any], examples: int | None) -> list[Any]:
         """The differentiable results for some of the examples; None: for all of them."""
         changed: dict[str, Any] = {}
+        if examples is not None and self.twin is not None:
+            return self.differentiable(self.twin.apply(*arguments))
         if examples is not None:
             # Where the primitive's own parameters hold the batch size.
             shape = self.output_layouts[0].local_shape(examples)
@@ -198,12 +208,19 @@ class Use:
         )([part and part[0] for part in cut], [cotangent[0] for cotangent in cotangents])
         if all(cotangent[1] is None for cotangent in cotangents):
             return list(pulled)
-        last = self.pull(
-            joined([part and part[1] for part in cut]),
-            [cotangent[1] for cotangent in cotangents],
-            wanted,
-            rows.num_examples - rows.num_norm_examples,
-        )
+        rest = [cotangent[1] for cotangent in cotangents]
+        if self.twin is not None:
+            # All examples, of which those in groups have no cotangents.
+            layouts = self.differentiable(self.output_layouts)
+            places = [rows.place_rest(x, y) for x, y in zip(rest, layouts, strict=True)]
+            last = self.pull(arguments, places, wanted)
+        else:
+            last = self.pull(
+                joined([part and part[1] for part in cut]),
+                rest,
+                wanted,
+                rows.num_examples - rows.num_norm_examples,
+            )
         return [jnp.concatenate([x, y[None]]) for x, y in zip(pulled, last, strict=True)]
 
     def gather(self, index: int, argument: Any, cotangents: jax.Array, rows: Rows) -> Any:

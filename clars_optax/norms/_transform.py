@@ -8,13 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from clars_optax.norms import _arguments
-from clars_optax.norms._batch_axes import follow
-from clars_optax.norms._interpreter import Plan, Scope, run
-from clars_optax.norms._layout import leading
+from clars_optax.norms._interpreter import run
 from clars_optax.norms._microbatches import Result, accumulate, find_aux_axes
 from clars_optax.norms._nested import Entry
-from clars_optax.norms._program import Program
 from clars_optax.norms._taps import Rows
+from clars_optax.norms._trace import make_plan, resized, trace_groups
 
 
 def value_and_grad_and_norms(
@@ -170,9 +168,9 @@ def value_and_grad_and_norms(
             size = settings.microbatch_size
             loss = functools.partial(loss_of_leaves, keys)
             if settings.loss_reduction == "sum" and size < num_examples:
-                _check_sum_of_microbatches(loss, params, paths, _resized(batch, max(size, 2)))
+                _check_sum_of_microbatches(loss, params, paths, resized(batch, max(size, 2)))
             one, two = (
-                jax.eval_shape(loss_of_leaves, keys, params, _resized(batch, n))[1]
+                jax.eval_shape(loss_of_leaves, keys, params, resized(batch, n))[1]
                 for n in (size, 2 * size)
             )
             aux_paths = [
@@ -200,18 +198,6 @@ def value_and_grad_and_norms(
         return value, grads, norms
 
     return step
-
-
-def _resized(batch: Sequence[Any], num_examples: int) -> list[Any]:
-    """The types of a batch with another number of examples."""
-
-    def resize(x: Any) -> Any:
-        copies = -(-num_examples // x.shape[0])
-        return (
-            jax.lax.concatenate([x] * copies, 0)[:num_examples] if copies > 1 else x[:num_examples]
-        )
-
-    return [jax.eval_shape(resize, x) for x in batch]
 
 
 def _value_and_aux(returned: Any, has_aux: bool) -> tuple[Any, Any]:
@@ -246,7 +232,7 @@ def _one_batch(
         norms = [jnp.linalg.norm(g.astype(jnp.float32).ravel())[None] for g in grads]
         return Result(value, aux, grads, norms[: len(norms) if num_norms else 0])
 
-    plan = _plan(loss_fn, params, paths, batch)
+    plan = make_plan(loss_fn, params, paths, batch)
     rows = Rows(
         num_examples,
         settings.group_size,
@@ -254,6 +240,7 @@ def _one_batch(
         is_mean=settings.loss_reduction == "mean",
         by_example=plan.is_split,
     )
+    trace_groups(plan, loss_fn, params, batch, rows)
 
     def tapped(params: Sequence[Any], taps: Sequence[Any]) -> tuple[Any, list[Any]]:
         entries = [Entry(x, tap=tap) for x, tap in zip(params, taps, strict=True)]
@@ -277,47 +264,9 @@ def _check_sum_of_microbatches(
     paths: Sequence[str],
     batch: Sequence[Any],
 ) -> None:
-    if _plan(loss_fn, params, paths, batch).has_term_of_parameters:
+    if make_plan(loss_fn, params, paths, batch).has_term_of_parameters:
         raise ValueError(
             "The loss has a term of parameters alone, which a sum over micro-batches would count "
             "once for each of them. Leave it to the optimizer (weight_decay of clars_optax.clars), "
             'or use a mean loss with loss_reduction="mean".'
         )
-
-
-def _plan(
-    loss_fn: Callable[..., tuple[Any, list[Any]]],
-    params: Sequence[Any],
-    paths: Sequence[str],
-    batch: Sequence[Any],
-) -> Plan:
-    def flat(params: Sequence[Any], batch: Sequence[Any]) -> list[Any]:
-        value, aux = loss_fn(params, batch)
-        return [value, *aux]
-
-    num_examples = batch[0].shape[0]
-    traced = jax.make_jaxpr(flat)(list(params), batch)
-    try:
-        doubled_jaxpr = jax.make_jaxpr(flat)(list(params), _resized(batch, 2 * num_examples))
-    except Exception as error:
-        raise ValueError(
-            f"loss_fn works with the batch of {num_examples} examples, but not with "
-            f"{2 * num_examples}, which the norms need to see where the batch is in every "
-            "intermediate value. It probably closes over arrays or numbers that depend on the "
-            "batch size: pass the arrays in arguments of their own, named in batch_argnums, and "
-            f"take sizes from the arrays' shapes. The error was: {error}"
-        ) from error
-    program = Program.of_loss(traced, len(params))
-    doubled = Program.of_loss(doubled_jaxpr, len(params))
-    inputs = program.inputs
-    layouts, pairs = follow(
-        program,
-        doubled,
-        {value: leading(value.shape) for value in inputs[len(params) :]},
-        num_examples,
-    )
-    return Plan.of_loss(
-        program,
-        Scope(layouts, pairs, num_examples),
-        dict(zip(inputs[: len(params)], paths, strict=True)),
-    )
