@@ -38,7 +38,7 @@ class Entry(NamedTuple):
 
 
 class BodyPlan(Protocol):
-    """What is asked of the plan of a body (it is `_interpreter.Plan`)."""
+    """What is asked of the plan of a body (it is `_plan.Plan`)."""
 
     program: Program
     roots: dict[Value, Roots]
@@ -158,17 +158,15 @@ class Nested:
             if wanted == before:
                 return self.entering_roles
 
-    def hand_in(self, tapped: Set[Value]) -> set[Value]:
-        """Takes those of the tapped values that may go into the bodies with their taps."""
-        first = self._carried.stop if self.operation.kind == "scan" else 0
-        self.handed = {
-            index
-            for index, value in enumerate(self.operation.entering)
-            if value in tapped and index >= first and self.entering_roles[index]
-        }
+    def takes_tap(self, index: int) -> bool:
+        """Whether a parameter may go in with its tap: not as what all steps of a scan share."""
+        return self.operation.kind != "scan" or index >= self._carried.stop
+
+    def hand_in(self, tapped: Set[int]) -> None:
+        """Says which of the values that enter come with their taps."""
+        self.handed = tapped
         for plan in self.plans:
-            plan.hand_in({plan.program.inputs[index] for index in self.handed})
-        return {self.operation.entering[index] for index in self.handed}
+            plan.hand_in({plan.program.inputs[index] for index in tapped})
 
     def entering(self) -> list[tuple[Value, set[str], Layout]]:
         """What enters the bodies: its roles, and how the batch lies in its shadow."""

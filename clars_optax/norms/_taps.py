@@ -21,8 +21,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from clars_optax.norms._layout import Layout, split_examples, split_groups
+from clars_optax.norms._layout import Layout, examples_first, split_examples, split_groups
 from clars_optax.norms._program import Operation
+from clars_optax.norms._rules import Rule, cheapest
+from clars_optax.norms._rules._products import squared, sum_of_rows
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,16 @@ class Rows:
             return self.cut(x, layout)[0]
         return jnp.broadcast_to(x, (self.count, *jnp.shape(x)))
 
+    def grouped(self, x: jax.Array, layout: Layout) -> jax.Array:
+        """The examples that have norms, `[G, b, *axes]`, the batch taken out of the axes."""
+        x = examples_first(x, layout)[: self.num_norm_examples]
+        return x.reshape(self.num_groups, self.group_size, *x.shape[1:])
+
+    @property
+    def scale(self) -> float:
+        """What makes the gradient of a group from its share of the gradient of the loss."""
+        return (self.num_examples if self.is_mean else 1) / self.group_size
+
     def squared_norms(self, rows: jax.Array) -> jax.Array:
         """The squared norm of each group's gradient, float32 `[num_groups]`."""
         if self.by_example:
@@ -79,9 +91,7 @@ class Rows:
             rows = rows[: self.num_norm_examples].reshape(shape).sum(axis=1)
         # The rows are shares of the gradient of the loss. Scaling comes first: a square would
         # underflow.
-        scale = (self.num_examples if self.is_mean else 1) / self.group_size
-        gradients = rows[: self.num_groups].astype(jnp.float32) * scale
-        return jnp.sum(jnp.square(gradients), axis=tuple(range(1, gradients.ndim)))
+        return squared(rows[: self.num_groups].astype(jnp.float32) * self.scale)
 
     def shares(self) -> jax.Array:
         """The part of the batch that each row stands for, float32 `[count]`."""
@@ -102,7 +112,7 @@ def fan_out(parameter: jax.Array, tap: jax.Array, rows: Rows) -> jax.Array:
         return jnp.broadcast_to(parameter, (rows.count, *parameter.shape))
 
     def backward(_: None, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return cotangent.sum(axis=0), rows.squared_norms(cotangent)
+        return sum_of_rows(cotangent), rows.squared_norms(cotangent)
 
     copies.defvjp(lambda parameter, tap: (copies(parameter, tap), None), backward)
     return copies(parameter, tap)
@@ -255,6 +265,38 @@ def meet(use: Use, shadows: Sequence[jax.Array], arguments: Sequence[Any], rows:
     run = jax.custom_vjp(lambda *args: forward(*args)[0])
     run.defvjp(forward, backward)
     return run(list(shadows), list(arguments))
+
+
+def claimed(
+    use: Use, rule: Rule, tap: jax.Array, arguments: Sequence[Any], rows: Rows
+) -> list[Any]:
+    """The only use of a parameter, with a rule: the cotangent of `tap` is the squared norms."""
+    (parameter,) = use.shadowed
+    (other,) = (i for i, layout in enumerate(use.layouts) if layout.carries_batch)
+
+    def forward(tap: jax.Array, arguments: Sequence[Any]) -> tuple[Any, Any]:
+        del tap
+        return use.operation.apply(*arguments), arguments
+
+    def backward(arguments: list[Any], cotangents: list[Any]) -> tuple[jax.Array, list[Any]]:
+        x = rows.grouped(arguments[other], use.layouts[other])
+        g = rows.grouped(cotangents[0], use.output_layouts[0])
+        way = cheapest(
+            rule.ways(x, g, rows.scale), jax.default_backend(), needs_gradient=not rows.has_rest
+        )
+        squares, gradient = way.run()
+        if rows.has_rest:
+            # That of the first examples alone.
+            gradient = None
+        wanted = (parameter, *use.active) if gradient is None else use.active
+        pulled = dict(zip(wanted, use.pull(arguments, cotangents, wanted), strict=True))
+        if gradient is not None:
+            pulled[parameter] = gradient.astype(arguments[parameter].dtype)
+        return squares, [pulled.get(i) for i in range(len(arguments))]
+
+    run = jax.custom_vjp(lambda *args: forward(*args)[0])
+    run.defvjp(forward, backward)
+    return run(tap, list(arguments))
 
 
 def carry(

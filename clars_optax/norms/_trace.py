@@ -6,9 +6,9 @@ from typing import Any
 import jax
 
 from clars_optax.norms._batch_axes import follow
-from clars_optax.norms._interpreter import Plan, Scope
 from clars_optax.norms._layout import leading
 from clars_optax.norms._obstacles import Obstacle
+from clars_optax.norms._plan import Plan, Scope
 from clars_optax.norms._program import Operation, Program, match
 from clars_optax.norms._taps import Rows
 
@@ -33,6 +33,8 @@ def make_plan(
     params: Sequence[Any],
     paths: Sequence[str],
     batch: Sequence[Any],
+    *,
+    with_rules: bool,
 ) -> Plan:
     """Finds the batch in every value of the loss, and what to do with each operation.
 
@@ -60,7 +62,7 @@ def make_plan(
     )
     return Plan.of_loss(
         program,
-        Scope(layouts, pairs, num_examples),
+        Scope(layouts, pairs, num_examples, with_rules),
         dict(zip(inputs[: len(params)], paths, strict=True)),
     )
 

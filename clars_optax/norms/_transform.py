@@ -232,7 +232,7 @@ def _one_batch(
         norms = [jnp.linalg.norm(g.astype(jnp.float32).ravel())[None] for g in grads]
         return Result(value, aux, grads, norms[: len(norms) if num_norms else 0])
 
-    plan = make_plan(loss_fn, params, paths, batch)
+    plan = make_plan(loss_fn, params, paths, batch, with_rules=settings.method == "auto")
     rows = Rows(
         num_examples,
         settings.group_size,
@@ -264,7 +264,7 @@ def _check_sum_of_microbatches(
     paths: Sequence[str],
     batch: Sequence[Any],
 ) -> None:
-    if make_plan(loss_fn, params, paths, batch).has_term_of_parameters:
+    if make_plan(loss_fn, params, paths, batch, with_rules=False).has_term_of_parameters:
         raise ValueError(
             "The loss has a term of parameters alone, which a sum over micro-batches would count "
             "once for each of them. Leave it to the optimizer (weight_decay of clars_optax.clars), "

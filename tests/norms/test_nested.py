@@ -286,7 +286,7 @@ def expected(name):
     return grads, jax.jit(jax.value_and_grad(loss))(params, batch)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda x: "-".join(f"{k}={v}" for k, v in x.items()) or "plain")
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_matches_vmap_of_grad(name, options):
     loss, params, batch = MODELS[name]()
