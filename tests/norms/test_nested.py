@@ -286,7 +286,9 @@ def expected(name):
     return grads, jax.jit(jax.value_and_grad(loss))(params, batch)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda x: "-".join(f"{k}={v}" for k, v in x.items()) or "plain")
+@pytest.mark.parametrize(
+    "options", OPTIONS, ids=lambda x: "-".join(f"{k}={v}" for k, v in x.items()) or "plain"
+)
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_matches_vmap_of_grad(name, options):
     loss, params, batch = MODELS[name]()
@@ -301,3 +303,119 @@ def test_matches_vmap_of_grad(name, options):
     chex.assert_trees_all_equal_shapes_and_dtypes(norms, wanted)
     for one, other in zip(jax.tree.leaves(norms), jax.tree.leaves(wanted), strict=True):
         assert jnp.max(jnp.abs(one - other)) <= 1e-5 * jnp.max(other) + 1e-7
+
+
+COUPLED = {}
+
+
+def coupled(function):
+    """Makes a loss of parameters, which all examples share, or of which each has a copy."""
+    COUPLED[function.__name__] = function
+    return function
+
+
+def each(function, is_copies):
+    """Applied to every example, with its copy of the parameters or with those of all."""
+    return jax.vmap(function, in_axes=(0 if is_copies else None, 0))
+
+
+def batch_norm(h):
+    return (h - h.mean(0)) * jax.lax.rsqrt(h.var(0) + 1e-3)
+
+
+def normalised_block(p, h, is_copies):
+    h = each(lambda p, h: h @ p["w"], is_copies)(p, h)
+    return jnp.tanh(each(lambda p, h: h * p["b"] + p["b"][0], is_copies)(p, batch_norm(h)))
+
+
+@coupled
+def batch_norm_in_checkpoint(is_copies):
+    def loss(p, x):
+        h = jax.checkpoint(lambda p, x: normalised_block(p, x, is_copies))(p, x)
+        return jnp.mean(normalised_block(p, h, is_copies) ** 3)
+
+    return loss, {"w": normal(0, 4, 4), "b": normal(1, 4)}
+
+
+@coupled
+def batch_norm_in_a_scan_over_layers(is_copies):
+    def loss(p, x):
+        layers = jax.tree.map(lambda a: a.swapaxes(0, 1), p) if is_copies else p
+        step = jax.checkpoint(lambda h, p: (normalised_block(p, h, is_copies), None))
+        return jnp.mean(jax.lax.scan(step, x, layers)[0] ** 3)
+
+    return loss, {"w": normal(0, 3, 4, 4), "b": normal(1, 3, 4)}
+
+
+@coupled
+def ghost_batch_norm_in_a_scan_over_time(is_copies):
+    def loss(p, x):
+        def step(h, scale):
+            h = each(lambda p, h: h @ p["w"], is_copies)(p, h).reshape(-1, 3, 4)
+            # One scale for each ghost batch, made of a parameter and the statistics.
+            share = each(lambda p, _: p["b"], True)(p, x) if is_copies else p["b"]
+            share = share.reshape(-1, 3, 4) if is_copies else share
+            multiplier = jax.lax.rsqrt(h.var(1, keepdims=True) + 1e-3) * share * scale
+            h = (h - h.mean(1, keepdims=True)) * multiplier
+            return jnp.tanh(h.reshape(x.shape)), jnp.sum(h**3)
+
+        h, sums = jax.lax.scan(step, x, jnp.arange(1.0, 3.0))
+        return jnp.mean(h**3) + jnp.sum(sums) / 100
+
+    return loss, {"w": normal(0, 4, 4), "b": normal(1, 4)}
+
+
+@coupled
+def running_statistics_in_a_carry(is_copies):
+    """The statistics meet parameters before they meet the batch again."""
+
+    def loss(p, x):
+        def step(mean, now):
+            h = each(lambda p, h: jnp.tanh(h @ p["w"]), is_copies)(p, now)
+            mean = 0.5 * mean + 0.5 * h.mean(0)
+            return mean, jnp.mean(each(lambda p, h: (h - mean * p["b"]) ** 3, is_copies)(p, h))
+
+        return jax.lax.scan(step, jnp.zeros(4), jnp.stack([x, 2 * x, x**2]))[1].mean()
+
+    return loss, {"w": normal(0, 4, 4), "b": normal(1, 4)}
+
+
+@coupled
+def statistics_scaled_in_a_branch(is_copies):
+    def loss(p, x):
+        h = each(lambda p, h: h @ p["w"], is_copies)(p, x)
+        mean = h.mean(0)
+        if is_copies:
+            return jnp.mean((h - mean * p["b"]) ** 3)
+        scaled = jax.lax.cond(mean[0] < 1e3, lambda: mean * p["b"], lambda: mean)
+        return jnp.mean((h - scaled) ** 3)
+
+    return loss, {"w": normal(0, 4, 4), "b": normal(1, 4)}
+
+
+@coupled
+def examples_in_another_order(is_copies):
+    def loss(p, x):
+        x = jnp.roll(x[::-1], 2, 0) - x[0]
+        h = each(lambda p, h: jnp.tanh(h @ p["w"]), is_copies)(p, x)
+        h = jnp.roll(h - h[-1], -1, 0)
+        return jnp.mean(each(lambda p, h: h * p["b"], is_copies)(p, h[::-1]) ** 3)
+
+    return loss, {"w": normal(0, 4, 4), "b": normal(1, 4)}
+
+
+@pytest.mark.parametrize("options", [{}, {"group_size": 2, "num_norm_examples": 4}], ids=str)
+@pytest.mark.parametrize("name", sorted(COUPLED))
+def test_coupled_examples_match_copies(name, options):
+    loss, params = COUPLED[name](is_copies=False)
+    of_copies, _ = COUPLED[name](is_copies=True)
+    copies = jax.tree.map(lambda p: jnp.broadcast_to(p, (NUM_EXAMPLES, *p.shape)), params)
+    grads = jax.jit(jax.grad(of_copies))(copies, X)
+    grads = jax.tree.map(lambda g: NUM_EXAMPLES * g, grads)
+    value, grad, norms = jax.jit(clars_optax.value_and_grad_and_norms(loss, **options))(params, X)
+    plain = jax.jit(jax.value_and_grad(loss))(params, X)
+    chex.assert_trees_all_close((value, grad), plain, rtol=1e-5, atol=1e-5)
+    wanted = norms_of_groups(grads, options.get("group_size", 1))
+    wanted = jax.tree.map(lambda n, like: n[: len(like)], wanted, norms)
+    for one, other in zip(jax.tree.leaves(norms), jax.tree.leaves(wanted), strict=True):
+        assert jnp.max(jnp.abs(one - other)) <= 1e-4 * jnp.max(other)
