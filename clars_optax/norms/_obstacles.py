@@ -50,6 +50,12 @@ TRACED_DIFFERENTLY = Obstacle(
     "the loss is traced differently at twice the batch size. Make its computation the same for "
     "every batch size.",
 )
+SHARDED = Obstacle(
+    NotImplementedError,
+    "the parameter meets the batch inside jax.shard_map, which is not followed. Put the call of "
+    "value_and_grad_and_norms inside of jax.shard_map, with the parameters marked as varying "
+    "(jax.lax.pcast(params, axis_name, to='varying')), or leave the sharding to jax.jit.",
+)
 TWO_BATCH_AXES = Obstacle(
     ValueError,
     "the parameter meets values with two batch axes, such as the logits of all pairs of "
@@ -108,6 +114,7 @@ def find_obstacle(
     if not any(layout.carries_batch for layout in every):
         return None
     if operation.name == "scan":
+        # One whose steps are not the examples is a nested program.
         return None if _is_map(operation, operands) else OVER_THE_BATCH
     problem = next((layout.problem for layout in every if layout.problem is not None), None)
     if problem is not None:
@@ -116,6 +123,8 @@ def find_obstacle(
         return TWO_BATCH_AXES
     if operation.name == "custom_vjp_call":
         return None if _is_separate(operation.bodies[0], layouts) else MIXED_INSIDE
+    if operation.name == "shard_map":
+        return SHARDED
     if operation.name not in _LOCAL:
         return UNSUPPORTED
     outputs = [layouts[value] for value in operation.outputs]

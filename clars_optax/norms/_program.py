@@ -23,14 +23,13 @@ _BODIES = {
     "custom_jvp_call": "call_jaxpr",
     "custom_vjp_call": "call_jaxpr",
     "scan": "jaxpr",
-    "shard_map": "jaxpr",
 }
 
 # What an operation does, whatever the sizes of its operands are.
 _SIZELESS_PARAMS = frozenset(
     """
     axes axis batch_group_count broadcast_dimensions dimension dimension_numbers dimensions
-    feature_group_count in_specs manual_axes num_carry num_consts out_specs permutation reverse
+    feature_group_count num_carry num_consts permutation reverse
     """.split()
 )
 

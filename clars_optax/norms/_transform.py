@@ -6,9 +6,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from clars_optax.norms import _arguments
 from clars_optax.norms._interpreter import run
+from clars_optax.norms._meshes import explicit_mesh, specs, with_automatic_axes
 from clars_optax.norms._microbatches import Result, accumulate, find_aux_axes
 from clars_optax.norms._nested import Entry
 from clars_optax.norms._taps import Rows
@@ -127,6 +129,23 @@ def value_and_grad_and_norms(
 
     @functools.wraps(loss_fn)
     def step(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+        mesh = explicit_mesh((args, kwargs))
+        if mesh is None:
+            return of_args(*args, **kwargs)
+
+        def aux() -> Any:
+            everything = jax.tree.map(lambda leaf: leaf, args)
+            return _value_and_aux(loss_fn(*everything, **kwargs), has_aux)[1]
+
+        params = tuple(args[i] for i in settings.positions(len(args)).params)
+        value: Any = PartitionSpec()
+        if has_aux:
+            value = value, specs(jax.eval_shape(aux))
+        grads = specs(params if isinstance(argnums, Sequence) else params[0])
+        out_sharding = (value, grads, PartitionSpec())
+        return with_automatic_axes(of_args, mesh, args, kwargs, out_sharding)
+
+    def of_args(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
         positions = settings.positions(len(args))
         _arguments.check_params(args, positions.params)
         num_examples = _arguments.count_examples(args, positions.batch)

@@ -143,6 +143,17 @@ def custom_backward_in_a_loss_of_two_and_more(params, x):
     return jnp.mean(scaled(x, params["w"][0]) ** 2)
 
 
+def sharded_inside(params, x):
+    mesh = jax.make_mesh((2,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
+    layer = jax.shard_map(
+        lambda w, x: x @ w,
+        mesh=mesh,
+        in_specs=(jax.P(), jax.P("devices")),
+        out_specs=jax.P("devices"),
+    )
+    return jnp.mean(layer(params["w"], x) ** 2)
+
+
 def solve(params, x):
     return jnp.mean(jax.scipy.linalg.solve_triangular(params["w"], x.T, lower=True))
 
@@ -210,6 +221,11 @@ def changes_with_the_batch_size(params, x):
             custom_backward_in_a_loss_of_two_and_more,
             NotImplementedError,
             r"'w'.*`custom_vjp_call.*with 1 example.*at least two",
+        ),
+        (
+            sharded_inside,
+            NotImplementedError,
+            r"'w'.*`shard_map`.*not followed.*inside of jax.shard",
         ),
         (solve, NotImplementedError, r"'w'.*`triangular_solve`.*not supported"),
         (changes_with_the_batch_size, ValueError, r"'w'.*traced differently at twice"),
