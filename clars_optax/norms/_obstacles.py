@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from clars_optax.norms._batch_axes import COLLECTIVES, ELEMENTWISE
 from clars_optax.norms._layout import Layout
-from clars_optax.norms._program import Operation, Program, Value
+from clars_optax.norms._program import Operation, Value
 
 # Where examples stay apart, on the conditions in `_mixes`.
 _LOCAL = ELEMENTWISE | frozenset(
@@ -15,14 +15,14 @@ _LOCAL = ELEMENTWISE | frozenset(
     """.split()
 )
 
-# Linear in one operand: a sum with a term of parameters alone may pass through on its way to the
-# loss.
-_ADDITIVE = frozenset(
+LINEAR = frozenset(
     """
     add add_any broadcast_in_dim convert_element_type copy name neg pbroadcast pcast psum psum2
-    psum_invariant pvary reduce_sum reshape sharding_constraint squeeze sub
+    psum_invariant pvary reduce_sum reshape sharding_constraint squeeze sub transpose
     """.split()
 )
+"""Linear, whatever is constant: a sum with a term of parameters alone may pass through on its way
+to the loss."""
 
 
 class Obstacle(NamedTuple):
@@ -122,7 +122,8 @@ def find_obstacle(
     if any(layout.is_crossed for layout in every):
         return TWO_BATCH_AXES
     if operation.name == "custom_vjp_call":
-        return None if _is_separate(operation.bodies[0], layouts) else MIXED_INSIDE
+        # Whether it mixes examples is for `_separate` to say.
+        return None
     if operation.name == "shard_map":
         return SHARDED
     if operation.name not in _LOCAL:
@@ -142,25 +143,11 @@ def _is_map(operation: Operation, layouts: Sequence[Layout]) -> bool:
     )
 
 
-def _is_separate(program: Program, layouts: Mapping[Value, Layout]) -> bool:
-    """Whether a program computes every example's results from that example alone."""
-    for operation in program.operations:
-        values = [*operation.operands, *operation.outputs]
-        if any(value not in layouts for value in values):
-            return False
-        operands = [layouts[value] for value in operation.operands]
-        outputs = [layouts[value] for value in operation.outputs]
-        if not any(layout.carries_batch for layout in (*operands, *outputs)):
-            continue
-        if any(layout.problem is not None or layout.is_crossed for layout in (*operands, *outputs)):
-            return False
-        if operation.bodies:
-            separate = all(_is_separate(body, layouts) for body in operation.bodies)
-        else:
-            separate = operation.name in _LOCAL and not _mixes(operation, operands, outputs)
-        if not separate:
-            return False
-    return True
+def is_local(operation: Operation, layouts: Mapping[Value, Layout]) -> bool:
+    """Whether each example's result depends on that example alone."""
+    operands = [layouts[value] for value in operation.operands]
+    outputs = [layouts[value] for value in operation.outputs]
+    return operation.name in _LOCAL and not _mixes(operation, operands, outputs)
 
 
 def _mixes(operation: Operation, layouts: Sequence[Layout], outputs: Sequence[Layout]) -> bool:
@@ -196,7 +183,7 @@ def is_additive(operation: Operation) -> bool:
     """Whether terms that are added before the operation are added after it."""
     reached = [value.from_batch or value.from_params for value in operation.operands]
     return (
-        operation.name in _ADDITIVE
+        operation.name in LINEAR
         or (operation.name == "mul" and sum(reached) == 1)
         or (operation.name == "div" and reached == [True, False])
     )

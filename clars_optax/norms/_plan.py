@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 
 from clars_optax.norms._layout import Layout
 from clars_optax.norms._nested import Nested, can_nest
-from clars_optax.norms._obstacles import AFTER_THE_MEAN, find_obstacle, is_additive
+from clars_optax.norms._obstacles import AFTER_THE_MEAN, MIXED_INSIDE, find_obstacle, is_additive
 from clars_optax.norms._program import Operation, Program, Value
 from clars_optax.norms._rules import Rule, find_rule
+from clars_optax.norms._separate import keeps_examples_apart
 from clars_optax.norms._taps import Use
 
 # Between a parameter and its use, these change neither the norm of a gradient nor what a rule sees.
@@ -60,6 +61,17 @@ class Scope:
         layout = self.layouts[value]
         return layout.problem is not None or (
             layout.carries_batch and layout.is_complete(self.num_examples)
+        )
+
+    def is_separate(self, operation: Operation) -> bool:
+        """Whether no examples are mixed inside of an operation with a derivative of its own."""
+        if operation.name != "custom_vjp_call" or not any(
+            self.layouts[value].carries_batch for value in operation.operands
+        ):
+            return True
+        twin = self.pairs[operation.outputs[0]].producer
+        return twin is not None and keeps_examples_apart(
+            operation, twin, self.layouts, self.num_examples
         )
 
 
@@ -176,6 +188,8 @@ class Plan:
             self.roots.update(nested.roots_of_outputs())
         else:
             obstacle = find_obstacle(operation, self.scope.layouts, self.scope.pairs)
+            if obstacle is None and not self.scope.is_separate(operation):
+                obstacle = MIXED_INSIDE
             if any(self.scope.carries_all(value) for value in operation.outputs):
                 self._mixed.add(operation)
             else:

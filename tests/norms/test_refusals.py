@@ -131,6 +131,38 @@ def scaled(x, scale):
     return x * scale
 
 
+@jax.custom_vjp
+def scaled_with_clipped_gradients(x, scale):
+    return x * scale
+
+
+def clipped(residuals, g):
+    x, scale = residuals
+    g = g / jnp.maximum(1.0, jnp.linalg.norm(g))
+    return g * scale, jnp.sum(g * x, 0)
+
+
+scaled_with_clipped_gradients.defvjp(lambda x, s: (x * s, (x, s)), clipped)
+
+
+@jax.custom_vjp
+def scaled_with_the_sign_of_the_gradient(x, scale):
+    return x * scale
+
+
+scaled_with_the_sign_of_the_gradient.defvjp(
+    lambda x, s: (x * s, (x, s)), lambda r, g: (g * r[1], jnp.sign(jnp.sum(g * r[0], 0)))
+)
+
+
+def gradients_clipped_across_examples(params, x):
+    return jnp.mean(scaled_with_clipped_gradients(x, params["w"][0]) ** 2)
+
+
+def sign_of_a_sum_over_examples(params, x):
+    return jnp.mean(scaled_with_the_sign_of_the_gradient(x, params["w"][0]) ** 2)
+
+
 def custom_backward_that_a_single_example_does_not_reach(params, x):
     if x.shape[0] == 1:
         return jnp.mean(x * params["w"][0])
@@ -211,6 +243,8 @@ def changes_with_the_batch_size(params, x):
             NotImplementedError,
             r"'w'.*`custom_vjp_call.*that example alone.*outside of it",
         ),
+        (gradients_clipped_across_examples, NotImplementedError, r"'w'.*`custom_vjp_call.*alone"),
+        (sign_of_a_sum_over_examples, NotImplementedError, r"'w'.*`custom_vjp_call.*alone"),
         (running_sum_over_the_examples, NotImplementedError, r"'w'.*`custom_vjp_call.*alone"),
         (
             custom_backward_that_a_single_example_does_not_reach,
@@ -225,7 +259,7 @@ def changes_with_the_batch_size(params, x):
         (
             sharded_inside,
             NotImplementedError,
-            r"'w'.*`shard_map`.*not followed.*inside of jax.shard",
+            r"'w'.*`shard_map`.*inside of jax.shard",
         ),
         (solve, NotImplementedError, r"'w'.*`triangular_solve`.*not supported"),
         (changes_with_the_batch_size, ValueError, r"'w'.*traced differently at twice"),
