@@ -3,9 +3,12 @@
 import functools
 
 import chex
+import flax.linen as nn
+import hypothesis
 import jax
 import jax.numpy as jnp
 import pytest
+from hypothesis import strategies as st
 from jax.ad_checkpoint import checkpoint_name
 
 import clars_optax
@@ -305,6 +308,117 @@ def test_matches_vmap_of_grad(name, options):
         assert jnp.max(jnp.abs(one - other)) <= 1e-5 * jnp.max(other) + 1e-7
 
 
+def nested_in(wrapper, apply):
+    """A function of parameters and activations inside of a nested program, once or repeatedly."""
+
+    def wrapped(p, h):
+        match wrapper:
+            case "checkpoint":
+                return jax.checkpoint(apply)(p, h)
+            case "closed_over_by_checkpoint":
+                return jax.checkpoint(lambda h: apply(p, h))(h)
+            case "cond":
+                return jax.lax.cond(p["b"][0] < 100, apply, lambda _, h: h, p, h)
+            case "constants_of_a_scan":
+                return jax.lax.scan(lambda h, _: (apply(p, h), None), h, None, length=2)[0]
+            case "slices_of_a_scan":
+                stacked = jax.tree.map(lambda a: jnp.stack([a, a * 0.5]), p)
+                return jax.lax.scan(lambda h, p: (apply(p, h), None), h, stacked)[0]
+            case "outputs_of_a_scan":
+                return jax.lax.scan(lambda c, _: (c, apply(p, h)), 0, None, length=2)[1].sum(0)
+            case "parameters_of_a_scan":
+                return jax.lax.scan(
+                    lambda c, _: ((jax.tree.map(jnp.tanh, c[0]), apply(*c)), None),
+                    (p, h),
+                    None,
+                    length=2,
+                )[0][1]
+            case "barrier":
+                return apply(*jax.lax.optimization_barrier((p, h)))
+            case "jit":
+                return jax.jit(apply)(p, h)
+
+    return wrapped
+
+
+own_block = jax.custom_vjp(block)
+own_block.defvjp(lambda p, h: (block(p, h), (p, h)), lambda r, g: jax.vjp(block, *r)[1](g))
+
+WRAPPERS = """
+    barrier checkpoint closed_over_by_checkpoint cond constants_of_a_scan jit
+    outputs_of_a_scan parameters_of_a_scan slices_of_a_scan
+""".split()
+
+
+@hypothesis.settings(max_examples=8, deadline=None)
+@hypothesis.given(
+    nests=st.lists(st.lists(st.sampled_from(WRAPPERS), max_size=3), min_size=1, max_size=2),
+    innermost=st.sampled_from([block, own_block]),
+    shared=st.booleans(),
+    with_penalty=st.booleans(),
+    options=st.sampled_from(OPTIONS[:4]),
+    method=st.sampled_from(["auto", "generic"]),
+)
+def test_random_nests(nests, innermost, shared, with_penalty, options, method):
+    def loss(p, x):
+        for layer, nest in zip(p, nests, strict=True):
+            apply = innermost
+            for wrapper in nest:
+                apply = nested_in(wrapper, apply)
+            x = apply(p[0] if shared else layer, x)
+        penalty = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(p)) if with_penalty else 0.0
+        return squared(x) + 0.1 * penalty
+
+    params = [{"w": normal(10 * i, 4, 4), "b": normal(10 * i + 1, 4)} for i in range(len(nests))]
+    grads = jax.jit(jax.vmap(lambda p, x: jax.grad(loss)(p, x[None]), in_axes=(None, 0)))(params, X)
+    step = clars_optax.value_and_grad_and_norms(loss, method=method, **options)
+    value, grad, norms = jax.jit(step)(params, X)
+    plain = jax.jit(jax.value_and_grad(loss))(params, X)
+    chex.assert_trees_all_close((value, grad), plain, rtol=1e-4, atol=1e-5)
+    wanted = norms_of_groups(grads, options.get("group_size", 1))
+    wanted = jax.tree.map(lambda n, like: n[: len(like)], wanted, norms)
+    chex.assert_trees_all_close(norms, wanted, rtol=1e-4, atol=1e-5)
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        h = nn.LayerNorm()(x)
+        h = nn.MultiHeadDotProductAttention(2)(h)
+        return x + nn.Dense(4, dtype=jnp.float32)(nn.gelu(nn.Dense(8)(h))), None
+
+
+class Stack(nn.Module):
+    """Scanned and rematerialised layers, then a recurrent network, as Flax writes them."""
+
+    @nn.compact
+    def __call__(self, x):
+        layers = nn.scan(
+            nn.remat(Layer), variable_axes={"params": 0}, split_rngs={"params": True}, length=2
+        )
+        x, _ = layers()(x, None)
+        return nn.RNN(nn.GRUCell(5))(x)
+
+
+def test_flax_scan_remat_and_rnn():
+    params = jax.jit(Stack().init)(jax.random.key(0), SEQUENCES)["params"]
+    leaves, treedef = jax.tree.flatten(params)
+    params = jax.tree.unflatten(
+        treedef, [p + 0.2 * normal(i, *p.shape) for i, p in enumerate(leaves)]
+    )
+
+    def loss(p, x):
+        return squared(Stack().apply({"params": p}, x))
+
+    grads = jax.jit(jax.vmap(lambda p, x: jax.grad(loss)(p, x[None]), in_axes=(None, 0)))(
+        params, SEQUENCES
+    )
+    found = jax.jit(clars_optax.value_and_grad_and_norms(loss))(params, SEQUENCES)
+    plain = jax.jit(jax.value_and_grad(loss))(params, SEQUENCES)
+    expected = (*plain, norms_of_groups(grads, 1))
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 COUPLED = {}
 
 
@@ -419,3 +533,43 @@ def test_coupled_examples_match_copies(name, options):
     wanted = jax.tree.map(lambda n, like: n[: len(like)], wanted, norms)
     for one, other in zip(jax.tree.leaves(norms), jax.tree.leaves(wanted), strict=True):
         assert jnp.max(jnp.abs(one - other)) <= 1e-4 * jnp.max(other)
+
+
+def attention_block(p, x):
+    scores = (x @ p["q"]) @ x.swapaxes(1, 2)
+    h = x + jax.nn.softmax(scores / 4) @ x @ p["out"]
+    return h + jax.nn.gelu(h @ p["up"]) @ p["down"]
+
+
+@pytest.mark.parametrize("method", ["auto", "generic"])
+def test_scan_and_checkpoint_keep_memory_low(method):
+    """A stack of layers is still a loop, of which only the inputs of the layers are kept."""
+    depth, width, hidden = 8, 16, 64
+    shapes = {
+        "q": (width, width),
+        "out": (width, width),
+        "up": (width, hidden),
+        "down": (hidden, width),
+    }
+    params = {
+        name: 0.1 * normal(i, depth, *shape) for i, (name, shape) in enumerate(shapes.items())
+    }
+    x = normal(9, 16, 32, width)
+
+    def unrolled(p, x):
+        for i in range(depth):
+            x = attention_block(jax.tree.map(lambda a, i=i: a[i], p), x)
+        return squared(x)
+
+    def scanned(p, x):
+        step = jax.checkpoint(lambda x, p: (attention_block(p, x), None))
+        return squared(jax.lax.scan(step, x, p)[0])
+
+    def compiled(loss):
+        step = clars_optax.value_and_grad_and_norms(loss, method=method)
+        return jax.jit(step).lower(params, x).compile()
+
+    one, other = compiled(scanned), compiled(unrolled)
+    chex.assert_trees_all_close(one(params, x), other(params, x), rtol=1e-4, atol=1e-5)
+    sizes = [step.memory_analysis().temp_size_in_bytes for step in (one, other)]
+    assert sizes[0] < sizes[1] / 3
