@@ -18,9 +18,9 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from clars_optax.norms._batch_axes import COLLECTIVES
 from clars_optax.norms._layout import Layout
 from clars_optax.norms._obstacles import Obstacle, not_followed
+from clars_optax.norms._primitives import COLLECTIVES
 from clars_optax.norms._program import Operation, Program, Value
 from clars_optax.norms._taps import Rows
 

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from clars_optax.norms._batch_axes import COLLECTIVES, ELEMENTWISE
 from clars_optax.norms._layout import Layout
+from clars_optax.norms._primitives import COLLECTIVES, ELEMENTWISE
 from clars_optax.norms._program import Operation, Value
 
 # Where examples stay apart, on the conditions in `_mixes`.

@@ -47,13 +47,22 @@ def value_and_grad_and_norms(
     The model is taken as it is, BatchNorm, shared weights and all. It is traced at the batch size
     and at twice the batch size, which shows where the batch is in every intermediate value; what
     the engine cannot follow is an error that names the operation and the parameter, never a wrong
-    or a missing norm. Not followed yet, if parameters enter: `scan`, `while_loop` and `cond` that
-    meet the batch, `jax.checkpoint`, `custom_vjp` functions and kernels that meet the batch.
+    or a missing norm. It goes into `jax.checkpoint`, `cond`, `switch`, `scan` and `fori_loop`,
+    which stay what they are, into `jax.lax.map` over the examples, and into `custom_vjp` functions,
+    which keep their own backward if neither they nor it mix examples; for these the loss is traced
+    once more, with as many examples as a group has. Not followed, if parameters and the batch meet
+    there: `while_loop`, a `scan` whose steps are the examples, `jax.shard_map` inside of the loss,
+    linear solvers, kernels and foreign calls.
 
-    Works under `jit`, `vmap`, `pmap` and inside `jax.shard_map`, where the parameters must be
-    marked as varying (`jax.lax.pcast(params, axis_name, to="varying")`). Over devices with equal
-    shares of a batch, `jax.lax.pmean(jax.tree.map(jnp.mean, norms), axis_name)` is exact for "mean"
-    losses.
+    What the loss makes of the batch keeps the order of its positions: after `x[::-1]`, `x[order]`
+    or `jnp.roll(x, 1, 0)`, example i is what has come to position i, for the parameters that meet
+    it from there on.
+
+    Works under `jit`, with arrays that are sharded over automatic or explicit axes of a mesh (the
+    loss then sees automatic ones, and must not close over sharded arrays), under `vmap`, `pmap` and
+    inside `jax.shard_map`, where the parameters must be marked as varying
+    (`jax.lax.pcast(params, axis_name, to="varying")`). Over devices with equal shares of a batch,
+    `jax.lax.pmean(jax.tree.map(jnp.mean, norms), axis_name)` is exact for "mean" losses.
 
     Args:
       loss_fn: Returns a scalar loss, or a pair of a loss and auxiliary data with `has_aux`.
