@@ -63,6 +63,17 @@ class Rows:
             return split_examples(x, layout, self.num_examples), None
         return split_groups(x, layout, num_groups=self.num_groups, group_size=self.group_size)
 
+    def place_rest(self, rest: Any, layout: Layout) -> jax.Array:
+        """The rest of a batch in its place among zeros."""
+        like = jax.ShapeDtypeStruct(layout.local_shape(self.num_examples), rest.dtype)
+        return jax.linear_transpose(lambda x: self.cut(x, layout)[1], like)(rest)[0]
+
+    def copies(self, x: jax.Array, layout: Layout) -> jax.Array:
+        """The shadow of a value that has none: every row sees the same, or its own part."""
+        if layout.carries_batch:
+            return self.cut(x, layout)[0]
+        return jnp.broadcast_to(x, (self.count, *jnp.shape(x)))
+
     def grouped(self, x: jax.Array) -> jax.Array:
         """The examples `[N, ...]` that have norms, `[G, b, ...]`."""
         x = x[: self.num_norm_examples]
@@ -128,7 +139,9 @@ class Use:
     """An operation that some values with shadows enter.
 
     `shadowed` are the positions, among the operation's arguments, of the values with shadows;
-    `active` those of the other arguments to which a gradient flows.
+    `active` those of the other arguments to which a gradient flows. `twin` is the operation in the
+    loss of as many examples as a row has, for a function with a derivative of its own, which knows
+    only the size that it was traced at.
     """
 
     operation: Operation
@@ -136,10 +149,13 @@ class Use:
     output_layouts: tuple[Layout, ...]
     shadowed: tuple[int, ...]
     active: tuple[int, ...]
+    twin: Operation | None = None
 
     def local(self, arguments: Sequence[Any], examples: int | None) -> list[Any]:
         """The differentiable results for some of the examples; None: for all of them."""
         changed: dict[str, Any] = {}
+        if examples is not None and self.twin is not None:
+            return self.differentiable(self.twin.apply(*arguments))
         if examples is not None:
             # Where the primitive's own parameters hold the batch size.
             shape = self.output_layouts[0].local_shape(examples)
@@ -148,6 +164,8 @@ class Use:
                     changed["shape"] = shape
                 case "reshape":
                     changed["new_sizes"] = shape
+                case "scan":
+                    changed["length"] = examples
                 case "tile":
                     before = self.layouts[0].local_shape(examples)
                     changed["reps"] = tuple(a // b for a, b in zip(shape, before, strict=True))
@@ -200,12 +218,19 @@ class Use:
         )([part and part[0] for part in cut], [cotangent[0] for cotangent in cotangents])
         if all(cotangent[1] is None for cotangent in cotangents):
             return list(pulled)
-        last = self.pull(
-            joined([part and part[1] for part in cut]),
-            [cotangent[1] for cotangent in cotangents],
-            wanted,
-            rows.num_examples - rows.num_norm_examples,
-        )
+        rest = [cotangent[1] for cotangent in cotangents]
+        if self.twin is not None:
+            # All examples, of which those in groups have no cotangents.
+            layouts = self.differentiable(self.output_layouts)
+            places = [rows.place_rest(x, y) for x, y in zip(rest, layouts, strict=True)]
+            last = self.pull(arguments, places, wanted)
+        else:
+            last = self.pull(
+                joined([part and part[1] for part in cut]),
+                rest,
+                wanted,
+                rows.num_examples - rows.num_norm_examples,
+            )
         return [jnp.concatenate([x, y[None]]) for x, y in zip(pulled, last, strict=True)]
 
     def gather(self, index: int, argument: Any, cotangents: jax.Array, rows: Rows) -> Any:
@@ -225,10 +250,10 @@ class Use:
 def meet(use: Use, shadows: Sequence[jax.Array], arguments: Sequence[Any], rows: Rows) -> list[Any]:
     """An operation in which values with shadows meet the batch: the operation itself, forward."""
 
-    @jax.custom_vjp
-    def run(shadows: Sequence[jax.Array], arguments: Sequence[Any]) -> list[Any]:
+    def forward(shadows: Sequence[jax.Array], arguments: Sequence[Any]) -> tuple[Any, Any]:
+        # The bare operation: a policy of `jax.checkpoint` must know it by its name.
         del shadows
-        return use.operation.apply(*arguments)
+        return use.operation.apply(*arguments), arguments
 
     def backward(arguments: list[Any], cotangents: list[Any]) -> tuple[list[Any], list[Any]]:
         cotangents = use.differentiable(cotangents)
@@ -237,7 +262,8 @@ def meet(use: Use, shadows: Sequence[jax.Array], arguments: Sequence[Any], rows:
         cut = [rows.cut(x, layout) for x, layout in zip(cotangents, layouts, strict=True)]
         return use.placed(use.pull_rows(arguments, cut, use.shadowed, rows), active)
 
-    run.defvjp(lambda shadows, arguments: (run(shadows, arguments), arguments), backward)
+    run = jax.custom_vjp(lambda *args: forward(*args)[0])
+    run.defvjp(forward, backward)
     return run(list(shadows), list(arguments))
 
 
@@ -248,10 +274,9 @@ def claimed(
     (parameter,) = use.shadowed
     (other,) = (i for i, layout in enumerate(use.layouts) if layout.carries_batch)
 
-    @jax.custom_vjp
-    def run(tap: jax.Array, arguments: Sequence[Any]) -> list[Any]:
+    def forward(tap: jax.Array, arguments: Sequence[Any]) -> tuple[Any, Any]:
         del tap
-        return use.operation.apply(*arguments)
+        return use.operation.apply(*arguments), arguments
 
     def backward(arguments: list[Any], cotangents: list[Any]) -> tuple[jax.Array, list[Any]]:
         x = examples_first(arguments[other], use.layouts[other])
@@ -268,7 +293,8 @@ def claimed(
             pulled[parameter] = gradient.astype(arguments[parameter].dtype)
         return squares, [pulled.get(i) for i in range(len(arguments))]
 
-    run.defvjp(lambda tap, arguments: (run(tap, arguments), arguments), backward)
+    run = jax.custom_vjp(lambda *args: forward(*args)[0])
+    run.defvjp(forward, backward)
     return run(tap, list(arguments))
 
 
@@ -277,16 +303,11 @@ def carry(
 ) -> list[jax.Array]:
     """The shadows of the results of an operation that does not meet the whole batch."""
 
-    def shadow(output: jax.Array, layout: Layout) -> jax.Array:
-        if layout.carries_batch:
-            return rows.cut(output, layout)[0]
-        return jnp.broadcast_to(output, (rows.count, *output.shape))
-
     @jax.custom_vjp
     def run(shadows: Sequence[jax.Array], arguments: Sequence[Any]) -> list[jax.Array]:
         del shadows
         outputs = use.operation.apply(*arguments)
-        return [shadow(x, layout) for x, layout in zip(outputs, use.output_layouts, strict=True)]
+        return [rows.copies(x, y) for x, y in zip(outputs, use.output_layouts, strict=True)]
 
     def backward(arguments: list[Any], cotangents: list[Any]) -> tuple[list[Any], list[Any]]:
         cotangents = use.differentiable(cotangents)
