@@ -12,9 +12,9 @@ import jax
 from clars_optax.norms._rules._conv import Conv
 from clars_optax.norms._rules._dense import Dense
 from clars_optax.norms._rules._embedding import Embedding, is_lookup
-from clars_optax.norms._rules._ways import Squares, Way, cheapest, platform
+from clars_optax.norms._rules._ways import Platform, Squares, Way, cheapest, platform
 
-__all__ = ["Rule", "Squares", "Way", "cheapest", "find_rule", "platform"]
+__all__ = ["Platform", "Rule", "Squares", "Way", "cheapest", "find_rule", "platform"]
 
 
 class Rule(Protocol):
