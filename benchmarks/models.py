@@ -17,7 +17,7 @@ from train.models.resnet import ResNet
 
 
 class Problem(NamedTuple):
-    """What is differentiated.
+    """A loss to differentiate.
 
     Attributes:
         loss_fn: `loss_fn(params, *batch)` is a mean over the examples.
@@ -28,6 +28,21 @@ class Problem(NamedTuple):
     loss_fn: Callable[..., jax.Array]
     params: Any
     batch: tuple[jax.Array, ...]
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """What `loss_fn` is called with."""
+        return (self.params, *self.batch)
+
+    @property
+    def batch_argnums(self) -> tuple[int, ...]:
+        """The positions of the batch in `args`."""
+        return tuple(range(1, len(self.args)))
+
+    @property
+    def batch_size(self) -> int:
+        """The number of examples."""
+        return self.batch[0].shape[0]
 
 
 class MLP(nn.Module):
@@ -47,7 +62,7 @@ class MLP(nn.Module):
         return nn.Dense(self.widths[-1])(x)
 
 
-def _problem(
+def make_problem(
     model: nn.Module,
     example_shape: tuple[int, ...],
     batch_size: int,
@@ -56,6 +71,16 @@ def _problem(
     dtype: DTypeLike = jnp.float32,
     **kwargs: Any,
 ) -> Problem:
+    """Cross-entropy of a Flax model on random examples.
+
+    Args:
+        model: gives logits.
+        example_shape: shape of one input.
+        batch_size: number of examples.
+        num_classes: number of logits.
+        dtype: of the inputs.
+        **kwargs: passed to the model.
+    """
     keys = jax.random.split(jax.random.key(0), 3)
     inputs = jax.random.normal(keys[0], (batch_size, *example_shape), dtype)
     labels = jax.random.randint(keys[1], (batch_size,), 0, num_classes)
@@ -76,43 +101,43 @@ def _problem(
 def _imagenet(name: str, batch_size: int = 256) -> Problem:
     dtype = jnp.bfloat16
     model = train.models.MODELS[name](num_classes=1000, dtype=dtype)
-    return _problem(model, (224, 224, 3), batch_size, num_classes=1000, dtype=dtype, train=True)
+    return make_problem(model, (224, 224, 3), batch_size, num_classes=1000, dtype=dtype, train=True)
 
 
 def mlp(batch_size: int = 512) -> Problem:
     """784-1024-1024-10."""
-    return _problem(MLP((1024, 1024, 10)), (784,), batch_size)
+    return make_problem(MLP((1024, 1024, 10)), (784,), batch_size)
 
 
 def resnet18(batch_size: int = 32) -> Problem:
     """ResNet-18 of half the usual width, 32x32 pixels."""
     model = ResNet(stage_sizes=(2, 2, 2, 2), num_classes=10, width=32)
-    return _problem(model, (32, 32, 3), batch_size, train=True)
+    return make_problem(model, (32, 32, 3), batch_size, train=True)
 
 
 def densenet(batch_size: int = 32) -> Problem:
     """DenseNet-BC of three blocks of 6 layers with growth rate 12, 64x64 pixels."""
     model = DenseNet(block_sizes=(6, 6, 6), num_classes=10, growth_rate=12, large_images=True)
-    return _problem(model, (64, 64, 3), batch_size, train=True)
+    return make_problem(model, (64, 64, 3), batch_size, train=True)
 
 
 def mobilenet(batch_size: int = 32) -> Problem:
     """MobileNetV2, 64x64 pixels."""
     model = train.models.MODELS["mobilenet_v2"](num_classes=10)
-    return _problem(model, (64, 64, 3), batch_size, train=True)
+    return make_problem(model, (64, 64, 3), batch_size, train=True)
 
 
 def vit(batch_size: int = 32, *, scan: bool = False) -> Problem:
     """ViT-Ti, 64x64 pixels in patches of 8."""
     model = ViT(num_classes=10, patch_size=8, width=192, depth=12, num_heads=3, scan=scan)
-    return _problem(model, (64, 64, 3), batch_size)
+    return make_problem(model, (64, 64, 3), batch_size)
 
 
 def vit_s(batch_size: int = 256) -> Problem:
     """ViT-S, 224x224 pixels in patches of 16."""
     dtype = jnp.bfloat16
     model = ViT(1000, patch_size=16, width=384, depth=12, num_heads=6, dtype=dtype)
-    return _problem(model, (224, 224, 3), batch_size, num_classes=1000, dtype=dtype)
+    return make_problem(model, (224, 224, 3), batch_size, num_classes=1000, dtype=dtype)
 
 
 MODELS: dict[str, Callable[..., Problem]] = {

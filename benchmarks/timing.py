@@ -17,39 +17,50 @@ class Compiled:
 
     Attributes:
         function: takes the arguments.
-        trace_seconds: time to trace it, to StableHLO.
-        compile_seconds: time that XLA took.
-        temp_bytes: peak of the temporary memory, without arguments and results.
-        flops: floating-point operations; the compiler counts the body of a loop once.
+        trace_seconds: time until XLA gets the program.
+        compile_seconds: time that XLA takes.
+        temp_bytes: peak of the temporary memory, which is neither arguments nor results.
+        flops: floating-point operations, the body of a loop counted once; None on GPUs, where the
+            count leaves out what is done by libraries.
     """
 
     function: Callable[..., Any]
     trace_seconds: float
     compile_seconds: float
     temp_bytes: int
-    flops: float
+    flops: float | None
 
     @classmethod
-    def of(cls, function: Callable[..., Any], *args: Any) -> "Compiled":
+    def of(cls, function: Callable[..., Any], args: tuple[Any, ...]) -> "Compiled":
         """Compiles `function` for arguments like `args`."""
         start = time.perf_counter()
         lowered = jax.jit(function).lower(*args)
         traced = time.perf_counter()
         compiled = lowered.compile()
         done = time.perf_counter()
+        memory: Any = compiled.memory_analysis()
+        cost: Any = compiled.cost_analysis()
         return cls(
             compiled,
             trace_seconds=traced - start,
             compile_seconds=done - traced,
-            temp_bytes=compiled.memory_analysis().temp_size_in_bytes,
-            flops=compiled.cost_analysis()["flops"],
+            temp_bytes=memory.temp_size_in_bytes,
+            flops=cost["flops"] if jax.default_backend() != "gpu" else None,
         )
 
-    def seconds(self, *args: Any) -> float:
-        """Runs it once; returns the time until all results are there."""
+    def run(self, args: tuple[Any, ...]) -> float:
+        """Runs it once; returns the seconds until all results are there."""
         start = time.perf_counter()
         jax.block_until_ready(self.function(*args))
         return time.perf_counter() - start
+
+    def numbers(self) -> dict[str, Any]:
+        """Everything but the function, as JSON takes it."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name != "function"
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +76,11 @@ class Pairs:
     other: list[float]
 
     @property
+    def base_median(self) -> float:
+        """The median of `base`."""
+        return float(np.median(self.base))
+
+    @property
     def ratio(self) -> float:
         """The median over the pairs of other / base."""
         return float(np.median(self._ratios))
@@ -77,6 +93,15 @@ class Pairs:
         low, high = np.quantile(np.median(drawn, axis=1), (0.05, 0.95))
         return float(low), float(high)
 
+    def numbers(self) -> dict[str, Any]:
+        """The times and what is made of them, as JSON takes it."""
+        return {
+            "time_ratio": self.ratio,
+            "time_ratio_interval": self.interval,
+            "plain_seconds": self.base,
+            "seconds": self.other,
+        }
+
     @property
     def _ratios(self) -> np.ndarray:
         return np.asarray(self.other) / np.asarray(self.base)
@@ -84,11 +109,11 @@ class Pairs:
 
 def time_pairs(base: Compiled, other: Compiled, args: tuple[Any, ...], num_pairs: int) -> Pairs:
     """Runs two functions in turn, the first of a pair being now the one, now the other."""
-    base.seconds(*args)
-    other.seconds(*args)
+    base.run(args)
+    other.run(args)
     pairs = Pairs([], [])
     for index in range(num_pairs):
         runs = [(base, pairs.base), (other, pairs.other)]
         for compiled, seconds in runs if index % 2 == 0 else reversed(runs):
-            seconds.append(compiled.seconds(*args))
+            seconds.append(compiled.run(args))
     return pairs

@@ -8,77 +8,77 @@ import jax.numpy as jnp
 import optax
 
 import clars_optax
+from benchmarks.models import Problem
 
 Step = Callable[..., Any]
-"""Of `(params, *batch)`: `(value, grads)` or `(value, grads, norms)`."""
+"""Of a problem's arguments: `(value, grads)` or `(value, grads, norms)`."""
+
+Variant = Callable[[Problem], Step]
+
+_NUM_MICROBATCHES = 4
 
 
-def plain(loss_fn: Step, num_args: int, batch_size: int) -> Step:
-    """`jax.value_and_grad`: no norms."""
-    return jax.value_and_grad(loss_fn)
+def plain(problem: Problem) -> Step:
+    """`jax.value_and_grad`, without norms: what everything is compared with."""
+    return jax.value_and_grad(problem.loss_fn)
 
 
-def plain_accumulated(loss_fn: Step, num_args: int, batch_size: int) -> Step:
-    """`jax.value_and_grad` of a quarter of the batch at a time: no norms."""
-    count = 4
-    value_and_grad = jax.value_and_grad(loss_fn)
-
-    def add(sums: Any, part: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, sums, part), None
+def accumulated(problem: Problem) -> Step:
+    """`jax.value_and_grad` of one micro-batch after another, without norms."""
 
     def step(params: Any, *batch: Any) -> Any:
-        parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
-        if jax.default_backend() == "cpu":
-            # As ours does it: in a loop, XLA's CPU backend computes the gradients of convolutions
-            # many times slower.
-            sums = None
-            for index in range(count):
-                sums, ready = jax.lax.optimization_barrier((sums, parts))
-                result = value_and_grad(params, *(x[index] for x in ready))
-                sums = result if sums is None else jax.tree.map(jnp.add, sums, result)
-        else:
-            zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
-            sums, _ = jax.lax.scan(
-                lambda sums, part: add(sums, value_and_grad(params, *part)), zeros, parts
-            )
-        return jax.tree.map(lambda x: x / count, sums)
+        def add(sums: Any, part: Any) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, sums, plain(problem)(params, *part)), None
+
+        zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), params))
+        parts = jax.tree.map(lambda x: x.reshape(_NUM_MICROBATCHES, -1, *x.shape[1:]), batch)
+        # In a loop, XLA's CPU backend computes the gradients of convolutions many times slower.
+        sums, _ = jax.lax.scan(add, zeros, parts, unroll=jax.default_backend() == "cpu")
+        return jax.tree.map(lambda x: x / _NUM_MICROBATCHES, sums)
 
     return step
 
 
-def ours(**options: Callable[[int], Any]) -> Callable[[Step, int, int], Step]:
-    """`clars_optax.value_and_grad_and_norms`, with options that depend on the batch size."""
+def ours(**options: Any) -> Variant:
+    """`clars_optax.value_and_grad_and_norms`.
 
-    def make(loss_fn: Step, num_args: int, batch_size: int) -> Step:
+    Args:
+        **options: its options; functions are called with the batch size.
+    """
+
+    def make(problem: Problem) -> Step:
         return clars_optax.value_and_grad_and_norms(
-            loss_fn,
-            batch_argnums=tuple(range(1, num_args)),
-            **{name: option(batch_size) for name, option in options.items()},
+            problem.loss_fn,
+            batch_argnums=problem.batch_argnums,
+            **{
+                name: option(problem.batch_size) if callable(option) else option
+                for name, option in options.items()
+            },
         )
 
     return make
 
 
-def vmap_grad(loss_fn: Step, num_args: int, batch_size: int) -> Step:
-    """`jax.vmap` of `jax.value_and_grad` of batches of one, norms and means of its results."""
+def vmap_grad(problem: Problem) -> Step:
+    """`jax.vmap` over the gradients of batches of one, and norms and means of what it gives."""
 
     def one(params: Any, *example: Any) -> Any:
-        return jax.value_and_grad(loss_fn)(params, *(x[None] for x in example))
+        value, grads = plain(problem)(params, *(x[None] for x in example))
+        return value, grads, _norms(grads)
 
     def step(params: Any, *batch: Any) -> Any:
-        in_axes = (None, *[0] * (num_args - 1))
-        values, grads = jax.vmap(one, in_axes)(params, *batch)
-        norms = jax.vmap(_norms)(grads)
+        in_axes = (None, *[0] * len(batch))
+        values, grads, norms = jax.vmap(one, in_axes)(params, *batch)
         return jnp.mean(values), jax.tree.map(lambda x: jnp.mean(x, axis=0), grads), norms
 
     return step
 
 
-def micro_grad(loss_fn: Step, num_args: int, batch_size: int) -> Step:
-    """`optax.microbatching.micro_grad` with norms as its metrics."""
+def micro_grad(problem: Problem) -> Step:
+    """`optax.microbatching.micro_grad` with the norms as its metrics."""
     per_example = optax.microbatching.micro_grad(
-        loss_fn,
-        batch_argnums=tuple(range(1, num_args)),
+        problem.loss_fn,
+        batch_argnums=problem.batch_argnums,
         accumulator=optax.microbatching.AccumulationType.MEAN,
         metrics_fn=_norms,
     )
@@ -94,14 +94,13 @@ def _norms(grads: Any) -> Any:
     return jax.tree.map(lambda x: jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32)))), grads)
 
 
-VARIANTS: dict[str, Callable[[Step, int, int], Step]] = {
-    "A/A": plain,
+VARIANTS: dict[str, Variant] = {
     "exact": ours(),
-    "group_size=8": ours(group_size=lambda n: 8),
-    "num_norm_examples=N/16": ours(num_norm_examples=lambda n: max(1, n // 16)),
-    "microbatch_size=N/4": ours(microbatch_size=lambda n: n // 4),
-    "plain, N/4 at a time": plain_accumulated,
-    'method="generic"': ours(method=lambda n: "generic"),
-    "vmap(grad)": vmap_grad,
+    "group_size=8": ours(group_size=8),
+    "num_norm_examples=N/16": ours(num_norm_examples=lambda n: n // 16),
+    "microbatch_size=N/4": ours(microbatch_size=lambda n: n // _NUM_MICROBATCHES),
+    "plain,N/4": accumulated,
+    "generic": ours(method="generic"),
+    "vmap": vmap_grad,
     "micro_grad": micro_grad,
 }

@@ -1,8 +1,7 @@
 """MobileNetV2: Sandler, Howard, Zhu, Zhmoginov, Chen (CVPR 2018), tables 1 and 2.
 
-Its blocks are turned inside out: thin at both ends, where the shortcut is, wide in the middle, where
-each channel has a 3x3 filter of its own. The last convolution of a block is linear. The dropout of
-the paper's training is left out.
+Its residual blocks are turned inside out: thin at both ends, where the shortcut is, and wide in the
+middle, where each channel has a 3x3 filter of its own. The last convolution of a block is linear.
 """
 
 import functools

@@ -1,9 +1,10 @@
 """Residual networks: He, Zhang, Ren, Sun, "Deep Residual Learning" (CVPR 2016).
 
-The form for small images (section 4.2): a 3x3 stem without pooling, stages of two-convolution blocks,
-each stage with half the resolution and twice the filters of the one before, global average pooling.
-The form for ImageNet (table 1) has a 7x7 stem with pooling and, from 50 layers on, bottlenecks. Those
-stride in the 3x3 convolution, not in the first 1x1, as everybody has done since ("version 1.5").
+The form for small images (section 4.2): a 3x3 stem without pooling, stages of two-convolution
+blocks, each stage with half the resolution and twice the filters of the one before, global average
+pooling. The form for ImageNet (table 1) has a 7x7 stem with pooling and, from 50 layers on,
+bottlenecks. They have their stride in the 3x3 convolution and not in the first 1x1, as everybody's
+have had since ("version 1.5").
 """
 
 import functools
