@@ -66,10 +66,6 @@ def _write(folder: Path, header: str, num_pairs: int, models: Sequence[ModelRows
     (folder / "norms.md").write_text(markdown(header, num_pairs, models) + "\n")
 
 
-def _progress(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.norms",

@@ -160,6 +160,28 @@ def test_products(formula, w_shape, x_shape, position, group_size, chunk_bytes):
     check(operation, w, x, position, group_size, chunk_bytes)
 
 
+@pytest.mark.parametrize("group_size", [1, 2])
+@pytest.mark.parametrize("position", [0, 1])
+@pytest.mark.parametrize("primitive", [jax.lax.add, jax.lax.sub, jax.lax.mul])
+@pytest.mark.parametrize(
+    ("w_shape", "x_shape"),
+    [
+        ((1, 5), (6, 5)),
+        ((1, 3, 4), (6, 3, 4)),
+        ((1, 1, 4), (6, 3, 4)),
+        ((1, 3, 1), (6, 3, 4)),
+        ((1, 1, 4), (6, 3, 1)),
+        ((1, 1, 4), (6, 1, 1)),
+        ((1, 3, 1), (6, 1, 4)),
+        ((1, 1), (6, 1)),
+    ],
+)
+def test_biases_and_scales(primitive, w_shape, x_shape, position, group_size):
+    rng = np.random.default_rng(0)
+    w, x = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in (w_shape, x_shape))
+    check(primitive, w, x, position, group_size, 2**20)
+
+
 @pytest.mark.parametrize("mode", ["fill", "clip"])
 @pytest.mark.parametrize("group_size", [1, 3])
 def test_embeddings(mode, group_size):
@@ -181,7 +203,8 @@ def test_embeddings(mode, group_size):
 
 def test_no_rule_where_there_is_none():
     gather = {"dimension_numbers": None}
-    assert find_rule("add", {}, [(2,), (2,), (2,)], 0) is None
+    assert find_rule("exp", {}, [(2,), (2,)], 0) is None
+    assert find_rule("mul", {}, [(), (6, 2), (6, 2)], 0) is None
     assert find_rule("gather", gather, [(4, 5), (6, 1), (6, 5)], 1) is None
     assert find_rule("conv_general_dilated", {"batch_group_count": 1}, [], 0) is None
 

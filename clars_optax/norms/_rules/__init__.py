@@ -11,6 +11,7 @@ import jax
 
 from clars_optax.norms._rules._conv import Conv
 from clars_optax.norms._rules._dense import Dense
+from clars_optax.norms._rules._elementwise import Elementwise
 from clars_optax.norms._rules._embedding import Embedding, is_lookup
 from clars_optax.norms._rules._ways import Platform, Squares, Way, cheapest, platform
 
@@ -56,4 +57,6 @@ def find_rule(
             return Conv(params, shapes)
         case "gather", 0 if is_lookup(params, shapes):
             return Embedding(params, shapes)
+        case (("add" | "sub" | "mul"), (0 | 1)) if len(shapes[0]) == len(shapes[1]):
+            return Elementwise(primitive, position, shapes[position])
     return None
