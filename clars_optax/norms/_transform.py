@@ -87,7 +87,7 @@ def value_and_grad_and_norms(
         "sum". For a padded or weighted loss use "sum" on the unnormalised loss; sum gradients,
         norms and weights over devices, and divide all three by the sum of the weights.
       method: "auto" uses the fastest way that is exact; "generic" has no special rule for any kind
-        of layer. For now both are the same.
+        of layer: slow, and the check on the rules.
 
     Returns:
       A function of the same arguments as `loss_fn` that returns `(value, grads, norms)`, or

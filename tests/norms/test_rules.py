@@ -13,6 +13,7 @@ from clars_optax.norms._rules import Platform, Way, cheapest, find_rule
 from clars_optax.norms._rules._ways import Squares
 
 SCALE = 3.0
+DENSE = {"dimension_numbers": (((2,), (0,)), ((), ())), "precision": None}
 
 
 def check(operation, w, x, position, group_size, chunk_bytes):
@@ -197,8 +198,64 @@ def test_embeddings(mode, group_size):
     def operation(table, tokens):
         return jax.lax.gather(table, tokens, numbers, (1, 5), mode=mode)
 
-    (way,) = check(operation, table, tokens, 0, group_size, 2**20)
-    assert way.saved == 0
+    ways = check(operation, table, tokens, 0, group_size, 2**20)
+    assert len(ways) == 2
+
+
+def test_tables_longer_than_their_indices_can_count():
+    table = jnp.arange(300.0).reshape(300, 1)
+    tokens = jnp.array([[[3], [3], [250]], [[0], [1], [2]]], jnp.uint8)
+    numbers = jax.lax.GatherDimensionNumbers(
+        offset_dims=(2,), collapsed_slice_dims=(0,), start_index_map=(0,)
+    )
+    check(lambda t, i: jax.lax.gather(t, i, numbers, (1, 1)), table, tokens, 0, 1, 2**20)
+
+
+@pytest.mark.parametrize("kind", ["dense", "conv"])
+def test_inputs_with_a_large_mean(kind):
+    rng = np.random.default_rng(0)
+    x = 100 + rng.normal(size=(3, 1, 6, 6, 5))
+    g = rng.normal(size=(3, 1, 6, 6, 4))
+    # As before a normalisation layer, the cotangents of an example add up to almost nothing.
+    g -= g.mean(axis=(2, 3), keepdims=True)
+    if kind == "dense":
+        x, g = (z.reshape(3, 1, 36, -1) for z in (x, g))
+        rule = find_rule("dot_general", DENSE, [(3, 36, 5), (5, 4), (3, 36, 4)], 1)
+        patches = x
+    else:
+        w = jnp.zeros((3, 3, 5, 4))
+        jaxpr = jax.make_jaxpr(
+            lambda x, w: jax.lax.conv_general_dilated(
+                x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+        )(jnp.zeros((3, 6, 6, 5)), w)
+        rule = find_rule(
+            "conv_general_dilated",
+            jaxpr.eqns[0].params,
+            [(3, 6, 6, 5), w.shape, (3, 6, 6, 4)],
+            1,
+        )
+        padded = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
+        patches = np.concatenate(
+            [padded[:, :, i : i + 6, j : j + 6] for i in range(3) for j in range(3)], axis=-1
+        ).reshape(3, 1, 36, -1)
+    rows = np.einsum("nbtd,nbtp->ndp", patches, g.reshape(3, 1, 36, 4))
+    expected = np.sum(rows**2, axis=(1, 2))
+    arrays = [jnp.asarray(z[:, :, None], jnp.float32) for z in (x, g)]
+    if kind == "conv":
+        arrays = [z.reshape(3, 1, 1, 6, 6, -1) for z in arrays]
+    for way in rule.ways(*arrays, 1.0, 2**20):
+        squares, _ = way.run()
+        np.testing.assert_allclose(squares, expected, rtol=3e-5)
+
+
+def test_float16_does_not_overflow():
+    # The cotangents fit into float16, N times as much does not.
+    rule = find_rule("dot_general", DENSE, [(64, 2, 3), (3, 4), (64, 2, 4)], 1)
+    x, g = jnp.ones((64, 1, 2, 3), jnp.float16), jnp.full((64, 1, 2, 4), 2e3, jnp.float16)
+    for way in rule.ways(x[:, None], g[:, None], 64.0, 2**20):
+        squares, _ = way.run()
+        np.testing.assert_allclose(squares, 12 * (64 * 4e3) ** 2, rtol=1e-3)
 
 
 def test_no_rule_where_there_is_none():

@@ -13,10 +13,12 @@ import numpy as np
 from clars_optax.norms._rules._products import (
     Sizes,
     by_gram,
+    centred,
     direct,
     gradients,
     gram,
     paired,
+    without_underflow,
 )
 from clars_optax.norms._rules._ways import Squares, Way
 
@@ -176,28 +178,40 @@ class Conv:
         """Gram without patches: their inner products are sums of those of pixels."""
         images = x.shape[1] * x.shape[2]
         sizes = self._sizes(x)
-        pixels = images * math.prod(self._pixels)
-        padded = images * math.prod(
+        padded = [
             low + high + size + (size - 1) * interior
             for size, (low, high, interior) in zip(self._pixels, self._padding, strict=True)
-        )
+        ]
+        pixels = images * math.prod(padded)
         taps = math.prod(self._taps)
+        first, second = 3, 4 + len(padded)
 
         def run() -> Squares:
-            of_pixels = gram(self._in_blocks(x), self._precision)
-            shape = (images, *self._pixels)
-            of_pixels = of_pixels.reshape(*of_pixels.shape[:2], *shape, *shape)
-            padding = [(0, 0, 0), *self._padding]
-            of_pixels = jax.lax.pad(of_pixels, jnp.float32(0), [(0, 0, 0)] * 2 + padding * 2)
-            shifted = self._shifted(of_pixels, starts=(3, 4 + len(self._taps)))
-            of_patches = functools.reduce(jnp.add, shifted)
-            of_results = gram(self._in_blocks(g * scale), self._precision)
-            return Squares(paired(of_patches.reshape(of_results.shape), of_results), None)
+            mean = jnp.mean(x, axis=tuple(range(1, x.ndim - 1)), keepdims=True, dtype=jnp.float32)
+            # Padded before the mean is taken off: it is that of all patches then.
+            inputs = centred(self._padded(x), mean)
+            blocks = self._in_blocks(inputs)
+            of_pixels = gram(blocks, self._precision)
+            of_pixels = of_pixels.reshape(*of_pixels.shape[:2], *(images, *padded) * 2)
+            of_patches = _sum_of(self._shifted(of_pixels, starts=(first, second)))
+            mean = self._in_blocks(mean)
+            along_mean = jnp.sum(blocks.astype(jnp.float32) * mean, axis=3)
+            along_mean = along_mean.reshape(*along_mean.shape[:2], images, *padded)
+            along_mean = _sum_of(self._shifted(along_mean, starts=(first,)))
+            c, rest = without_underflow(self._in_blocks(g), scale)
+            of_results = gram(c, self._precision)
+            squares = paired(
+                of_patches.reshape(of_results.shape),
+                of_results,
+                along_mean.reshape(of_results.shape[:3]),
+                taps * jnp.sum(jnp.square(mean), axis=(2, 3)),
+                c,
+            )
+            return Squares(squares * rest**2, None)
 
         blocks = sizes.groups * sizes.blocks
         flops = 2.0 * blocks * (pixels**2 * self._inner + sizes.uses**2 * (sizes.outer + taps))
-        moved = 8.0 * blocks * (pixels**2 + padded**2 + 2 * sizes.uses**2)
-        return Way(0.0, flops, moved, run)
+        return Way(0.0, flops, 8.0 * blocks * (pixels**2 + 2 * sizes.uses**2), run)
 
     def _padded(self, x: jax.Array) -> jax.Array:
         padding = [(0, 0, 0)] * 3 + self._padding + [(0, 0, 0)]
@@ -243,6 +257,11 @@ class Conv:
         outer, inner, *taps = self._kernel_axes
         gradient = gradient.reshape(*self._taps, self._inner, self._blocks * self._outer)
         return gradient.transpose(np.argsort([*taps, inner, outer]))
+
+
+def _sum_of(parts: Sequence[jax.Array]) -> jax.Array:
+    """The sum of some arrays."""
+    return functools.reduce(jnp.add, parts)
 
 
 def _channels_last(x: jax.Array, spec: Sequence[int]) -> jax.Array:

@@ -83,10 +83,50 @@ def gram(a: jax.Array, precision: Any) -> jax.Array:
     )
 
 
-def paired(left: jax.Array, right: jax.Array) -> jax.Array:
-    """The squared norms from two Gram matrices."""
+def without_underflow(g: jax.Array, scale: float) -> tuple[jax.Array, float]:
+    """The cotangent times about `scale`, and the factor that is left over.
+
+    Gram needs it before the product, which would underflow.
+    """
+    # A power of two is exact in bfloat16; float16 has not the range for it.
+    factor = 2.0 ** round(math.log2(scale))
+    if g.dtype == jnp.float16:
+        g = g.astype(jnp.float32)
+    return g * factor, scale / factor
+
+
+def paired(
+    of_inputs: jax.Array,
+    of_cotangents: jax.Array,
+    along_mean: jax.Array,
+    mean_square: jax.Array,
+    g: jax.Array,
+) -> jax.Array:
+    """The squared norms from two Gram matrices, that of the inputs being that of `A - 1 m'`.
+
+    Where inputs have a large mean m, the sum over all pairs of uses would be a small difference of
+    large numbers. The gradient is `(A - 1 m')' G + m s'` with `s = G' 1`, whose squared norm is
+    taken term by term.
+
+    Args:
+      of_inputs: `[G, B, T, T]`, of the inputs less their mean over the uses.
+      of_cotangents: `[G, B, T, T]`.
+      along_mean: the products of these inputs and the mean, `[G, B, T]`.
+      mean_square: the squared length of the mean, `[G, B]`.
+      g: the cotangents, `[G, B, T, P]`.
+    """
+    g = g.astype(jnp.float32)
+    total = jnp.sum(g, axis=2, keepdims=True)
+    mixed = jnp.sum(along_mean * jnp.sum(g * total, axis=3), axis=2)
+    alone = mean_square * jnp.sum(jnp.square(total), axis=(2, 3))
+    pairs = jnp.sum(of_inputs * of_cotangents, axis=(2, 3))
     # Where a gradient is zero, rounding may leave less than nothing.
-    return jnp.maximum(jnp.sum(left * right, axis=tuple(range(1, left.ndim))), 0)
+    return jnp.maximum(jnp.sum(pairs + 2 * mixed + alone, axis=1), 0)
+
+
+def centred(x: jax.Array, mean: jax.Array) -> jax.Array:
+    """The inputs less their mean, in the inputs' dtype."""
+    return (x.astype(jnp.float32) - mean).astype(x.dtype)
 
 
 def squared(rows: jax.Array) -> jax.Array:
@@ -187,8 +227,14 @@ def by_gram(
     def run() -> Squares:
         a, g = make()
         if sizes.uses == 1:
-            return Squares(jnp.sum(_lengths(a) * _lengths(g * scale), axis=1), None)
-        # Scaled first: the square of a cotangent would underflow.
-        return Squares(paired(gram(a, precision), gram(g * scale, precision)), None)
+            lengths = _lengths(a) * _lengths(g.astype(jnp.float32) * scale)
+            return Squares(jnp.sum(lengths, axis=1), None)
+        g, rest = without_underflow(g, scale)
+        mean = jnp.mean(a, axis=2, keepdims=True, dtype=jnp.float32)
+        a = centred(a, mean)
+        along_mean = jnp.sum(a.astype(jnp.float32) * mean, axis=3)
+        mean_square = jnp.sum(jnp.square(mean), axis=(2, 3))
+        squares = paired(gram(a, precision), gram(g, precision), along_mean, mean_square, g)
+        return Squares(squares * rest**2, None)
 
     return Way(0.0, sizes.pairs_flops, 4 * sizes.pairs_bytes + 2 * extra_bytes, run)
