@@ -12,6 +12,7 @@ import numpy as np
 
 from clars_optax.norms._rules._products import (
     Sizes,
+    along,
     by_gram,
     centred,
     direct,
@@ -194,8 +195,8 @@ class Conv:
             of_pixels = gram(blocks, self._precision)
             of_pixels = of_pixels.reshape(*of_pixels.shape[:2], *(images, *padded) * 2)
             of_patches = _sum_of(self._shifted(of_pixels, starts=(first, second)))
-            mean = self._in_blocks(mean)
-            along_mean = jnp.sum(blocks.astype(jnp.float32) * mean, axis=3)
+            mean = self._in_blocks(mean)[:, :, 0]
+            along_mean = along(blocks, mean)
             along_mean = along_mean.reshape(*along_mean.shape[:2], images, *padded)
             along_mean = _sum_of(self._shifted(along_mean, starts=(first,)))
             c, rest = without_underflow(self._in_blocks(g), scale)
@@ -204,7 +205,7 @@ class Conv:
                 of_patches.reshape(of_results.shape),
                 of_results,
                 along_mean.reshape(of_results.shape[:3]),
-                taps * jnp.sum(jnp.square(mean), axis=(2, 3)),
+                taps * jnp.sum(jnp.square(mean), axis=2),
                 c,
             )
             return Squares(squares * rest**2, None)

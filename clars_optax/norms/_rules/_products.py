@@ -116,12 +116,22 @@ def paired(
       g: the cotangents, `[G, B, T, P]`.
     """
     g = g.astype(jnp.float32)
-    total = jnp.sum(g, axis=2, keepdims=True)
-    mixed = jnp.sum(along_mean * jnp.sum(g * total, axis=3), axis=2)
-    alone = mean_square * jnp.sum(jnp.square(total), axis=(2, 3))
+    total = jnp.sum(g, axis=2)
+    mixed = jnp.sum(along_mean * along(g, total), axis=2)
+    alone = mean_square * jnp.sum(jnp.square(total), axis=2)
     pairs = jnp.sum(of_inputs * of_cotangents, axis=(2, 3))
     # Where a gradient is zero, rounding may leave less than nothing.
     return jnp.maximum(jnp.sum(pairs + 2 * mixed + alone, axis=1), 0)
+
+
+def along(x: jax.Array, vector: jax.Array) -> jax.Array:
+    """The products of the uses `[G, B, T, D]` with a vector `[G, B, D]`, float32 `[G, B, T]`."""
+    return jax.lax.dot_general(
+        x.astype(jnp.float32),
+        vector,
+        (((3,), (2,)), ((0, 1), (0, 1))),
+        precision=jax.lax.Precision.HIGHEST,
+    )
 
 
 def centred(x: jax.Array, mean: jax.Array) -> jax.Array:
@@ -230,11 +240,10 @@ def by_gram(
             lengths = _lengths(a) * _lengths(g.astype(jnp.float32) * scale)
             return Squares(jnp.sum(lengths, axis=1), None)
         g, rest = without_underflow(g, scale)
-        mean = jnp.mean(a, axis=2, keepdims=True, dtype=jnp.float32)
-        a = centred(a, mean)
-        along_mean = jnp.sum(a.astype(jnp.float32) * mean, axis=3)
-        mean_square = jnp.sum(jnp.square(mean), axis=(2, 3))
-        squares = paired(gram(a, precision), gram(g, precision), along_mean, mean_square, g)
+        mean = jnp.mean(a, axis=2, dtype=jnp.float32)
+        a = centred(a, mean[:, :, None])
+        mean_square = jnp.sum(jnp.square(mean), axis=2)
+        squares = paired(gram(a, precision), gram(g, precision), along(a, mean), mean_square, g)
         return Squares(squares * rest**2, None)
 
     return Way(0.0, sizes.pairs_flops, 4 * sizes.pairs_bytes + 2 * extra_bytes, run)
