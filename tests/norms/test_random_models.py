@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import clars_optax
+from tests.norms.quick import quick_jit
 
 MAX_EXAMPLES = int(os.environ.get("RANDOM_MODELS", "10"))
 # No explanation of a failure: it takes long, and a model is small when it is printed.
@@ -245,13 +246,9 @@ class Model(NamedTuple):
         for layer in self.layers:
             named = layer.shapes(spatial=shape[:-1], channels=shape[-1])
             parameters.append(named)
-            p, h = (
-                jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, jnp.float32), x, is_leaf=is_shape)
-                for x in (named, (1, *shape))
-            )
-            shape = jax.eval_shape(lambda p, h, layer=layer: layer.apply(p, h, None), p, h).shape[
-                1:
-            ]
+            shape = jax.eval_shape(
+                lambda p, h, layer=layer: layer.apply(p, h, None), zeros(named), zeros((1, *shape))
+            ).shape[1:]
         return parameters, shape
 
     def make(self, num_examples):
@@ -294,6 +291,10 @@ class Model(NamedTuple):
 
 def is_shape(x):
     return isinstance(x, tuple)
+
+
+def zeros(shapes):
+    return jax.tree.map(np.zeros, shapes, is_leaf=is_shape)
 
 
 class Options(NamedTuple):
@@ -476,9 +477,8 @@ def check(model, options):
             jax.grad(loss_of_copies)(copies, batch),
         )
 
-    # Nearly all of the time is XLA's: it compiles faster what it does not optimise.
-    compiled = jax.jit(everything, compiler_options={"xla_backend_optimization_level": 0})
-    auto, generic, plain, rows = jax.tree.map(np.asarray, compiled(params, batch))
+    results = quick_jit(everything)(params, batch)
+    auto, generic, plain, rows = jax.tree.map(np.asarray, results)
 
     scale = num_examples if loss_reduction == "mean" else 1
     rows = [scale * g.reshape(num_examples, -1).astype(np.float64) for g in jax.tree.leaves(rows)]
