@@ -116,7 +116,7 @@ OPACUS = CONVOLUTIONS | {
         "InstanceNorm2d", {"num_features": 4, "affine": True}, (4, 3, 3), instance_norm
     ),
 }
-# BackPACK has no such rule for normalisations, and is wrong by 40 % and more on convolutions with
+# BackPACK has no such rule for normalisations, and is wrong by 20 % and more on convolutions with
 # groups, where Opacus is right.
 BACKPACK = {
     name: layer
