@@ -151,6 +151,16 @@ def split_groups(
     return groups, rest.reshape(layout.local_shape(num_examples - taken))
 
 
+def examples_first(x: jax.Array, layout: Layout) -> jax.Array:
+    """The array as `[N, *axes]`, the batch taken out of the axes; every example has its place."""
+    factors = [factor for axis in layout.axes for factor in axis]
+    batch = [index for index, factor in enumerate(factors) if factor.stride]
+    batch.sort(key=lambda index: -factors[index].stride)
+    others = [index for index, factor in enumerate(factors) if not factor.stride]
+    x = x.reshape([factor.size for factor in factors]).transpose(batch + others)
+    return x.reshape(-1, *layout.local_shape(1))
+
+
 def split_examples(x: jax.Array, layout: Layout, num_examples: int) -> jax.Array:
     """Cuts an array into single examples, `[N, *layout.local_shape(1)]`.
 

@@ -3,26 +3,26 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from clars_optax.norms._batch_axes import COLLECTIVES, ELEMENTWISE
 from clars_optax.norms._layout import Layout
+from clars_optax.norms._primitives import COLLECTIVES, ELEMENTWISE
 from clars_optax.norms._program import Operation, Value
 
 # Where examples stay apart, on the conditions in `_mixes`.
 _LOCAL = ELEMENTWISE | frozenset(
     """
     broadcast_in_dim concatenate conv_general_dilated dot_general gather pad reduce_max reduce_min
-    reduce_prod reduce_sum reshape squeeze tile transpose
+    reduce_prod reduce_sum reshape squeeze stack tile transpose
     """.split()
 )
 
-# Linear in one operand: a sum with a term of parameters alone may pass through on its way to the
-# loss.
-_ADDITIVE = frozenset(
+LINEAR = frozenset(
     """
-    add add_any broadcast_in_dim convert_element_type copy neg pbroadcast pcast psum psum2
-    psum_invariant pvary reduce_sum reshape sharding_constraint squeeze sub
+    add add_any broadcast_in_dim convert_element_type copy name neg pbroadcast pcast psum psum2
+    psum_invariant pvary reduce_sum reshape sharding_constraint squeeze sub transpose
     """.split()
 )
+"""Linear, whatever is constant: a sum with a term of parameters alone may pass through on its way
+to the loss."""
 
 
 class Obstacle(NamedTuple):
@@ -50,6 +50,12 @@ TRACED_DIFFERENTLY = Obstacle(
     "the loss is traced differently at twice the batch size. Make its computation the same for "
     "every batch size.",
 )
+SHARDED = Obstacle(
+    NotImplementedError,
+    "the parameter meets the batch inside jax.shard_map, which is not followed. Put the call of "
+    "value_and_grad_and_norms inside of jax.shard_map, with the parameters marked as varying "
+    "(jax.lax.pcast(params, axis_name, to='varying')), or leave the sharding to jax.jit.",
+)
 TWO_BATCH_AXES = Obstacle(
     ValueError,
     "the parameter meets values with two batch axes, such as the logits of all pairs of "
@@ -66,11 +72,33 @@ MIXED = Obstacle(
     "the parameter meets the batch where examples are mixed. Apply the parameter to each "
     "example on its own.",
 )
+MIXED_INSIDE = Obstacle(
+    NotImplementedError,
+    "the parameter meets the batch inside a function with a derivative of its own, and it cannot "
+    "be seen there that each example's result depends on that example alone. Apply the parameter "
+    "outside of it, or take it out of argnums.",
+)
 AFTER_THE_MEAN = Obstacle(
     ValueError,
     "the parameter meets a value that is reduced over the batch, other than by addition, so "
     "that it has no per-example gradient. Apply it to each example before the mean.",
 )
+
+
+OVER_THE_BATCH = Obstacle(
+    NotImplementedError,
+    "the parameter meets a loop whose steps are the examples. Use jax.vmap or jax.lax.map over "
+    "the examples, and reduce what it returns.",
+)
+
+
+def not_followed(problem: str) -> Obstacle:
+    """Why a layout is not known."""
+    return Obstacle(
+        NotImplementedError,
+        f"the parameter meets values in which the batch cannot be followed ({problem}). Apply "
+        "the parameter where one axis is the batch.",
+    )
 
 
 def find_obstacle(
@@ -85,19 +113,41 @@ def find_obstacle(
         return TRACED_DIFFERENTLY
     if not any(layout.carries_batch for layout in every):
         return None
+    if operation.name == "scan":
+        # One whose steps are not the examples is a nested program.
+        return None if _is_map(operation, operands) else OVER_THE_BATCH
     problem = next((layout.problem for layout in every if layout.problem is not None), None)
     if problem is not None:
-        return Obstacle(
-            NotImplementedError,
-            f"the parameter meets values in which the batch cannot be followed ({problem}). Apply "
-            "the parameter where one axis is the batch.",
-        )
+        return not_followed(problem)
     if any(layout.is_crossed for layout in every):
         return TWO_BATCH_AXES
+    if operation.name == "custom_vjp_call":
+        # Whether it mixes examples is for `_separate` to say.
+        return None
+    if operation.name == "shard_map":
+        return SHARDED
     if operation.name not in _LOCAL:
         return UNSUPPORTED
     outputs = [layouts[value] for value in operation.outputs]
     return MIXED if _mixes(operation, operands, outputs) else None
+
+
+def _is_map(operation: Operation, layouts: Sequence[Layout]) -> bool:
+    """Whether a scan does the same for every example, as `jax.lax.map` over the batch does."""
+    num_consts = operation.params["num_consts"]
+    return (
+        operation.params["num_carry"] == 0
+        and not any(layout.carries_batch for layout in layouts[:num_consts])
+        and all(layout.problem is None and layout.batch_axes <= {0} for layout in layouts)
+        and all(len(x.axes[0]) == 1 for x in layouts[num_consts:])
+    )
+
+
+def is_local(operation: Operation, layouts: Mapping[Value, Layout]) -> bool:
+    """Whether each example's result depends on that example alone."""
+    operands = [layouts[value] for value in operation.operands]
+    outputs = [layouts[value] for value in operation.outputs]
+    return operation.name in _LOCAL and not _mixes(operation, operands, outputs)
 
 
 def _mixes(operation: Operation, layouts: Sequence[Layout], outputs: Sequence[Layout]) -> bool:
@@ -133,7 +183,7 @@ def is_additive(operation: Operation) -> bool:
     """Whether terms that are added before the operation are added after it."""
     reached = [value.from_batch or value.from_params for value in operation.operands]
     return (
-        operation.name in _ADDITIVE
+        operation.name in LINEAR
         or (operation.name == "mul" and sum(reached) == 1)
         or (operation.name == "div" and reached == [True, False])
     )

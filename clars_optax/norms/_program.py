@@ -16,12 +16,20 @@ from jax.extend.core import ClosedJaxpr, DropVar, Jaxpr, JaxprEqn, Literal
 
 # The name of the parameter that holds the body, by the name of the primitive.
 _INLINED = {"jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
+_CHECKPOINT = {"checkpoint": "jaxpr", "remat": "jaxpr", "remat2": "jaxpr"}
+_BODIES = {
+    **_CHECKPOINT,
+    "cond": "branches",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "scan": "jaxpr",
+}
 
 # What an operation does, whatever the sizes of its operands are.
 _SIZELESS_PARAMS = frozenset(
     """
     axes axis batch_group_count broadcast_dimensions dimension dimension_numbers dimensions
-    feature_group_count permutation
+    feature_group_count num_carry num_consts permutation reverse
     """.split()
 )
 
@@ -57,7 +65,7 @@ class Operation:
     literals: what `apply` takes.
     """
 
-    __slots__ = ("arguments", "equation", "jaxpr", "operands", "outputs", "positions")
+    __slots__ = ("arguments", "bodies", "equation", "jaxpr", "operands", "outputs", "positions")
 
     def __init__(self, jaxpr: Jaxpr, equation: JaxprEqn, operands: Sequence[Value]):
         variables: dict[Any, Value] = {
@@ -76,13 +84,20 @@ class Operation:
         self.positions = tuple(kept)
         """Which of the equation's results are used: `outputs` has those alone."""
         self.outputs = tuple(Value(variable.aval, producer=self) for variable in kept.values())
-        for output in self.outputs:
-            output.from_batch = any(value.from_batch for value in operands)
+        self.bodies = _bodies(equation, operands)
+        """The programs inside: of each branch, or of the one body."""
+        for output, position in zip(self.outputs, self.positions, strict=True):
+            sources: Sequence[Value] = operands
+            if self.bodies and not self.has_own_derivative:
+                sources = [body.outputs[position] for body in self.bodies]
+            output.from_batch = any(value.from_batch for value in sources)
             output.from_params = (
-                any(value.from_params for value in operands)
+                any(value.from_params for value in sources)
                 and output.is_differentiable
                 and self.name != "stop_gradient"
             )
+            if self.name == "cond":
+                output.from_batch |= operands[0].from_batch
 
     @property
     def name(self) -> str:
@@ -97,7 +112,23 @@ class Operation:
     @property
     def where(self) -> str:
         """The primitive and the user's line that it came from, for error messages."""
-        return f"`{self.name}` ({source_info_util.summarize(self.equation.source_info)})"
+        line = source_info_util.summarize(self.equation.source_info)
+        return f"`{self.name}` ({line})" if line else f"`{self.name}`"
+
+    @property
+    def kind(self) -> str:
+        """The name of the primitive, the same in all versions of JAX."""
+        return "checkpoint" if self.name in _CHECKPOINT else self.name
+
+    @property
+    def has_own_derivative(self) -> bool:
+        """Whether the derivative is not that of the body."""
+        return self.name in ("custom_jvp_call", "custom_vjp_call")
+
+    @property
+    def entering(self) -> tuple[Value, ...]:
+        """The operands that enter the bodies, one for each of their inputs."""
+        return self.operands[1:] if self.name == "cond" else self.operands
 
     def apply(self, *arguments: Any, **changed_params: Any) -> list[Any]:
         """Runs the equation; a changed parameter replaces the equation's own."""
@@ -111,14 +142,22 @@ class Operation:
 class Program:
     """Operations in order, with the values that enter and leave them."""
 
-    def __init__(self, jaxpr: ClosedJaxpr, *, num_params: int):
-        """Flattens a jaxpr whose first `num_params` inputs are parameters, the others the batch."""
+    def __init__(
+        self, jaxpr: ClosedJaxpr, *, from_params: Sequence[bool], from_batch: Sequence[bool]
+    ):
+        """Flattens a jaxpr, given of each input what it depends on."""
         self.operations: list[Operation] = []
         self.inputs = [Value(variable.aval) for variable in jaxpr.jaxpr.invars]
-        for index, value in enumerate(self.inputs):
-            value.from_params = index < num_params
-            value.from_batch = index >= num_params
+        for value, params, batch in zip(self.inputs, from_params, from_batch, strict=True):
+            value.from_params = params
+            value.from_batch = batch
         self.outputs = self._inline(jaxpr, self.inputs)
+
+    @classmethod
+    def of_loss(cls, jaxpr: ClosedJaxpr, num_params: int) -> "Program":
+        """A program whose first inputs are the parameters, and the others the batch."""
+        is_param = [index < num_params for index in range(len(jaxpr.jaxpr.invars))]
+        return cls(jaxpr, from_params=is_param, from_batch=[not x for x in is_param])
 
     def _inline(self, closed: ClosedJaxpr, inputs: Sequence[Value]) -> list[Value]:
         jaxpr = closed.jaxpr
@@ -153,12 +192,35 @@ class Program:
         return [read(atom) for atom in jaxpr.outvars]
 
 
-def body_of(operation: Operation) -> ClosedJaxpr | None:
-    """The jaxpr of a function with a derivative of its own, which the operation calls once."""
-    if operation.name.startswith(("custom_jvp_call", "custom_vjp_call")):
-        body = operation.params.get("call_jaxpr")
-        return None if body is None else _closed(body)
-    return None
+def _bodies(equation: JaxprEqn, operands: Sequence[Value]) -> tuple[Program, ...]:
+    """The programs inside of an equation that calls others."""
+    name = equation.primitive.name
+    if name == "optimization_barrier":
+        # Each operand for itself: a body that does nothing.
+        jaxprs: Any = jax.make_jaxpr(lambda *xs: xs)(*(atom.aval for atom in equation.invars))
+    else:
+        jaxprs = equation.params.get(_BODIES.get(name, ""))
+    if jaxprs is None:
+        return ()
+    entering = operands[1:] if name == "cond" else operands
+    carried: range = range(0)
+    if name == "scan":
+        start = equation.params["num_consts"]
+        carried = range(start, start + equation.params["num_carry"])
+    from_params = [value.from_params for value in entering]
+    from_batch = [value.from_batch for value in entering]
+    while True:
+        programs = tuple(
+            Program(_closed(jaxpr), from_params=from_params, from_batch=from_batch)
+            for jaxpr in (jaxprs if isinstance(jaxprs, tuple) else (jaxprs,))
+        )
+        before = [*from_params, *from_batch]
+        # What one step of a scan carries to the next.
+        for index, value in zip(carried, programs[0].outputs, strict=False):
+            from_params[index] |= value.from_params
+            from_batch[index] |= value.from_batch
+        if [*from_params, *from_batch] == before:
+            return programs
 
 
 def _closed(jaxpr: ClosedJaxpr | Jaxpr) -> ClosedJaxpr:
@@ -168,7 +230,7 @@ def _closed(jaxpr: ClosedJaxpr | Jaxpr) -> ClosedJaxpr:
 def _mixes_in_custom_jvp(operation: Operation) -> bool:
     reached = [v for v in operation.arguments if v.from_params or v.from_batch]
     return (
-        operation.name.startswith("custom_jvp_call")
+        operation.name == "custom_jvp_call"
         and len(reached) > 1
         and any(value.from_params for value in reached)
         and any(value.from_batch for value in reached)
@@ -247,6 +309,9 @@ def match(program: Program, doubled: Program) -> dict[Value, Value]:
         if first is not None and second is not None and agree:
             pairs.update(zip(first.outputs, second.outputs, strict=True))
             pending.extend(zip(first.operands, second.operands, strict=True))
+            for body, other in zip(first.bodies, second.bodies, strict=True):
+                pairs.update(zip(body.inputs, other.inputs, strict=True))
+                pending.extend(zip(body.outputs, other.outputs, strict=True))
     return pairs
 
 
@@ -255,6 +320,8 @@ def _agree(first: Operation, second: Operation) -> bool:
     return (
         first.name == second.name
         and first.positions == second.positions
+        and [len(body.outputs) for body in first.bodies]
+        == [len(body.outputs) for body in second.bodies]
         and [_kind(value) for value in first.operands] == [_kind(v) for v in second.operands]
         and all(
             first.params[name] == second.params[name]

@@ -21,8 +21,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from clars_optax.norms._layout import Layout, split_examples, split_groups
+from clars_optax.norms._layout import Layout, examples_first, split_examples, split_groups
 from clars_optax.norms._program import Operation
+from clars_optax.norms._rules import Rule, cheapest, platform
+from clars_optax.norms._rules._products import squared, sum_of_rows
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,27 @@ class Rows:
             return split_examples(x, layout, self.num_examples), None
         return split_groups(x, layout, num_groups=self.num_groups, group_size=self.group_size)
 
+    def place_rest(self, rest: Any, layout: Layout) -> jax.Array:
+        """The rest of a batch in its place among zeros."""
+        like = jax.ShapeDtypeStruct(layout.local_shape(self.num_examples), rest.dtype)
+        return jax.linear_transpose(lambda x: self.cut(x, layout)[1], like)(rest)[0]
+
+    def copies(self, x: jax.Array, layout: Layout) -> jax.Array:
+        """The shadow of a value that has none: every row sees the same, or its own part."""
+        if layout.carries_batch:
+            return self.cut(x, layout)[0]
+        return jnp.broadcast_to(x, (self.count, *jnp.shape(x)))
+
+    def grouped(self, x: jax.Array) -> jax.Array:
+        """The examples `[N, ...]` that have norms, `[G, b, ...]`."""
+        x = x[: self.num_norm_examples]
+        return x.reshape(self.num_groups, self.group_size, *x.shape[1:])
+
+    @property
+    def scale(self) -> float:
+        """What makes the gradient of a group from its share of the gradient of the loss."""
+        return (self.num_examples if self.is_mean else 1) / self.group_size
+
     def squared_norms(self, rows: jax.Array) -> jax.Array:
         """The squared norm of each group's gradient, float32 `[num_groups]`."""
         if self.by_example:
@@ -68,9 +91,7 @@ class Rows:
             rows = rows[: self.num_norm_examples].reshape(shape).sum(axis=1)
         # The rows are shares of the gradient of the loss. Scaling comes first: a square would
         # underflow.
-        scale = (self.num_examples if self.is_mean else 1) / self.group_size
-        gradients = rows[: self.num_groups].astype(jnp.float32) * scale
-        return jnp.sum(jnp.square(gradients), axis=tuple(range(1, gradients.ndim)))
+        return squared(rows[: self.num_groups].astype(jnp.float32) * self.scale)
 
     def shares(self) -> jax.Array:
         """The part of the batch that each row stands for, float32 `[count]`."""
@@ -91,7 +112,7 @@ def fan_out(parameter: jax.Array, tap: jax.Array, rows: Rows) -> jax.Array:
         return jnp.broadcast_to(parameter, (rows.count, *parameter.shape))
 
     def backward(_: None, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return cotangent.sum(axis=0), rows.squared_norms(cotangent)
+        return sum_of_rows(cotangent), rows.squared_norms(cotangent)
 
     copies.defvjp(lambda parameter, tap: (copies(parameter, tap), None), backward)
     return copies(parameter, tap)
@@ -118,7 +139,9 @@ class Use:
     """An operation that some values with shadows enter.
 
     `shadowed` are the positions, among the operation's arguments, of the values with shadows;
-    `active` those of the other arguments to which a gradient flows.
+    `active` those of the other arguments to which a gradient flows. `twin` is the operation in the
+    loss of as many examples as a row has, for a function with a derivative of its own, which knows
+    only the size that it was traced at.
     """
 
     operation: Operation
@@ -126,10 +149,13 @@ class Use:
     output_layouts: tuple[Layout, ...]
     shadowed: tuple[int, ...]
     active: tuple[int, ...]
+    twin: Operation | None = None
 
     def local(self, arguments: Sequence[Any], examples: int | None) -> list[Any]:
         """The differentiable results for some of the examples; None: for all of them."""
         changed: dict[str, Any] = {}
+        if examples is not None and self.twin is not None:
+            return self.differentiable(self.twin.apply(*arguments))
         if examples is not None:
             # Where the primitive's own parameters hold the batch size.
             shape = self.output_layouts[0].local_shape(examples)
@@ -138,6 +164,8 @@ class Use:
                     changed["shape"] = shape
                 case "reshape":
                     changed["new_sizes"] = shape
+                case "scan":
+                    changed["length"] = examples
                 case "tile":
                     before = self.layouts[0].local_shape(examples)
                     changed["reps"] = tuple(a // b for a, b in zip(shape, before, strict=True))
@@ -190,12 +218,19 @@ class Use:
         )([part and part[0] for part in cut], [cotangent[0] for cotangent in cotangents])
         if all(cotangent[1] is None for cotangent in cotangents):
             return list(pulled)
-        last = self.pull(
-            joined([part and part[1] for part in cut]),
-            [cotangent[1] for cotangent in cotangents],
-            wanted,
-            rows.num_examples - rows.num_norm_examples,
-        )
+        rest = [cotangent[1] for cotangent in cotangents]
+        if self.twin is not None:
+            # All examples, of which those in groups have no cotangents.
+            layouts = self.differentiable(self.output_layouts)
+            places = [rows.place_rest(x, y) for x, y in zip(rest, layouts, strict=True)]
+            last = self.pull(arguments, places, wanted)
+        else:
+            last = self.pull(
+                joined([part and part[1] for part in cut]),
+                rest,
+                wanted,
+                rows.num_examples - rows.num_norm_examples,
+            )
         return [jnp.concatenate([x, y[None]]) for x, y in zip(pulled, last, strict=True)]
 
     def gather(self, index: int, argument: Any, cotangents: jax.Array, rows: Rows) -> Any:
@@ -215,10 +250,10 @@ class Use:
 def meet(use: Use, shadows: Sequence[jax.Array], arguments: Sequence[Any], rows: Rows) -> list[Any]:
     """An operation in which values with shadows meet the batch: the operation itself, forward."""
 
-    @jax.custom_vjp
-    def run(shadows: Sequence[jax.Array], arguments: Sequence[Any]) -> list[Any]:
+    def forward(shadows: Sequence[jax.Array], arguments: Sequence[Any]) -> tuple[Any, Any]:
+        # The bare operation: a policy of `jax.checkpoint` must know it by its name.
         del shadows
-        return use.operation.apply(*arguments)
+        return use.operation.apply(*arguments), arguments
 
     def backward(arguments: list[Any], cotangents: list[Any]) -> tuple[list[Any], list[Any]]:
         cotangents = use.differentiable(cotangents)
@@ -227,8 +262,40 @@ def meet(use: Use, shadows: Sequence[jax.Array], arguments: Sequence[Any], rows:
         cut = [rows.cut(x, layout) for x, layout in zip(cotangents, layouts, strict=True)]
         return use.placed(use.pull_rows(arguments, cut, use.shadowed, rows), active)
 
-    run.defvjp(lambda shadows, arguments: (run(shadows, arguments), arguments), backward)
+    run = jax.custom_vjp(lambda *args: forward(*args)[0])
+    run.defvjp(forward, backward)
     return run(list(shadows), list(arguments))
+
+
+def claimed(
+    use: Use, rule: Rule, tap: jax.Array, arguments: Sequence[Any], rows: Rows
+) -> list[Any]:
+    """The only use of a parameter, with a rule: the cotangent of `tap` is the squared norms."""
+    (parameter,) = use.shadowed
+    (other,) = (i for i, layout in enumerate(use.layouts) if layout.carries_batch)
+
+    def forward(tap: jax.Array, arguments: Sequence[Any]) -> tuple[Any, Any]:
+        del tap
+        return use.operation.apply(*arguments), arguments
+
+    def backward(arguments: list[Any], cotangents: list[Any]) -> tuple[jax.Array, list[Any]]:
+        x = examples_first(arguments[other], use.layouts[other])
+        g = examples_first(cotangents[0], use.output_layouts[0])
+        device = platform()
+        ways = rule.ways(rows.grouped(x), rows.grouped(g), rows.scale, device.chunk_bytes)
+        way = cheapest(ways, device, needs_gradient=not rows.has_rest)
+        squares, gradient = way.run()
+        if gradient is None or rows.has_rest:
+            gradient = rule.gradient(x[:, None], g[:, None])
+        wanted = use.active if gradient is not None else (parameter, *use.active)
+        pulled = dict(zip(wanted, use.pull(arguments, cotangents, wanted), strict=True))
+        if gradient is not None:
+            pulled[parameter] = gradient.astype(arguments[parameter].dtype)
+        return squares, [pulled.get(i) for i in range(len(arguments))]
+
+    run = jax.custom_vjp(lambda *args: forward(*args)[0])
+    run.defvjp(forward, backward)
+    return run(tap, list(arguments))
 
 
 def carry(
@@ -236,16 +303,11 @@ def carry(
 ) -> list[jax.Array]:
     """The shadows of the results of an operation that does not meet the whole batch."""
 
-    def shadow(output: jax.Array, layout: Layout) -> jax.Array:
-        if layout.carries_batch:
-            return rows.cut(output, layout)[0]
-        return jnp.broadcast_to(output, (rows.count, *output.shape))
-
     @jax.custom_vjp
     def run(shadows: Sequence[jax.Array], arguments: Sequence[Any]) -> list[jax.Array]:
         del shadows
         outputs = use.operation.apply(*arguments)
-        return [shadow(x, layout) for x, layout in zip(outputs, use.output_layouts, strict=True)]
+        return [rows.copies(x, y) for x, y in zip(outputs, use.output_layouts, strict=True)]
 
     def backward(arguments: list[Any], cotangents: list[Any]) -> tuple[list[Any], list[Any]]:
         cotangents = use.differentiable(cotangents)

@@ -6,14 +6,15 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from clars_optax.norms import _arguments
-from clars_optax.norms._batch_axes import follow
-from clars_optax.norms._interpreter import Plan, run
-from clars_optax.norms._layout import leading
+from clars_optax.norms._interpreter import run
+from clars_optax.norms._meshes import explicit_mesh, specs, with_automatic_axes
 from clars_optax.norms._microbatches import Result, accumulate, find_aux_axes
-from clars_optax.norms._program import Program
+from clars_optax.norms._nested import Entry
 from clars_optax.norms._taps import Rows
+from clars_optax.norms._trace import make_plan, resized, trace_groups
 
 
 def value_and_grad_and_norms(
@@ -46,13 +47,22 @@ def value_and_grad_and_norms(
     The model is taken as it is, BatchNorm, shared weights and all. It is traced at the batch size
     and at twice the batch size, which shows where the batch is in every intermediate value; what
     the engine cannot follow is an error that names the operation and the parameter, never a wrong
-    or a missing norm. Not followed yet, if parameters enter: `scan`, `while_loop` and `cond` that
-    meet the batch, `jax.checkpoint`, `custom_vjp` functions and kernels that meet the batch.
+    or a missing norm. It goes into `jax.checkpoint`, `cond`, `switch`, `scan` and `fori_loop`,
+    which stay what they are, into `jax.lax.map` over the examples, and into `custom_vjp` functions,
+    which keep their own backward if neither they nor it mix examples; for these the loss is traced
+    once more, with as many examples as a group has. Not followed, if parameters and the batch meet
+    there: `while_loop`, a `scan` whose steps are the examples, `jax.shard_map` inside of the loss,
+    linear solvers, kernels and foreign calls.
 
-    Works under `jit`, `vmap`, `pmap` and inside `jax.shard_map`, where the parameters must be
-    marked as varying (`jax.lax.pcast(params, axis_name, to="varying")`). Over devices with equal
-    shares of a batch, `jax.lax.pmean(jax.tree.map(jnp.mean, norms), axis_name)` is exact for "mean"
-    losses.
+    What the loss makes of the batch keeps the order of its positions: after `x[::-1]`, `x[order]`
+    or `jnp.roll(x, 1, 0)`, example i is what has come to position i, for the parameters that meet
+    it from there on.
+
+    Works under `jit`, with arrays that are sharded over automatic or explicit axes of a mesh (the
+    loss then sees automatic ones, and must not close over sharded arrays), under `vmap`, `pmap` and
+    inside `jax.shard_map`, where the parameters must be marked as varying
+    (`jax.lax.pcast(params, axis_name, to="varying")`). Over devices with equal shares of a batch,
+    `jax.lax.pmean(jax.tree.map(jnp.mean, norms), axis_name)` is exact for "mean" losses.
 
     Args:
       loss_fn: Returns a scalar loss, or a pair of a loss and auxiliary data with `has_aux`.
@@ -77,7 +87,7 @@ def value_and_grad_and_norms(
         "sum". For a padded or weighted loss use "sum" on the unnormalised loss; sum gradients,
         norms and weights over devices, and divide all three by the sum of the weights.
       method: "auto" uses the fastest way that is exact; "generic" has no special rule for any kind
-        of layer. For now both are the same.
+        of layer: slow, and the check on the rules.
 
     Returns:
       A function of the same arguments as `loss_fn` that returns `(value, grads, norms)`, or
@@ -128,6 +138,23 @@ def value_and_grad_and_norms(
 
     @functools.wraps(loss_fn)
     def step(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+        mesh = explicit_mesh((args, kwargs))
+        if mesh is None:
+            return of_args(*args, **kwargs)
+
+        def aux() -> Any:
+            everything = jax.tree.map(lambda leaf: leaf, args)
+            return _value_and_aux(loss_fn(*everything, **kwargs), has_aux)[1]
+
+        params = tuple(args[i] for i in settings.positions(len(args)).params)
+        value: Any = PartitionSpec()
+        if has_aux:
+            value = value, specs(jax.eval_shape(aux))
+        grads = specs(params if isinstance(argnums, Sequence) else params[0])
+        out_sharding = (value, grads, PartitionSpec())
+        return with_automatic_axes(of_args, mesh, args, kwargs, out_sharding)
+
+    def of_args(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
         positions = settings.positions(len(args))
         _arguments.check_params(args, positions.params)
         num_examples = _arguments.count_examples(args, positions.batch)
@@ -169,9 +196,9 @@ def value_and_grad_and_norms(
             size = settings.microbatch_size
             loss = functools.partial(loss_of_leaves, keys)
             if settings.loss_reduction == "sum" and size < num_examples:
-                _check_sum_of_microbatches(loss, params, paths, _resized(batch, max(size, 2)))
+                _check_sum_of_microbatches(loss, params, paths, resized(batch, max(size, 2)))
             one, two = (
-                jax.eval_shape(loss_of_leaves, keys, params, _resized(batch, n))[1]
+                jax.eval_shape(loss_of_leaves, keys, params, resized(batch, n))[1]
                 for n in (size, 2 * size)
             )
             aux_paths = [
@@ -199,18 +226,6 @@ def value_and_grad_and_norms(
         return value, grads, norms
 
     return step
-
-
-def _resized(batch: Sequence[Any], num_examples: int) -> list[Any]:
-    """The types of a batch with another number of examples."""
-
-    def resize(x: Any) -> Any:
-        copies = -(-num_examples // x.shape[0])
-        return (
-            jax.lax.concatenate([x] * copies, 0)[:num_examples] if copies > 1 else x[:num_examples]
-        )
-
-    return [jax.eval_shape(resize, x) for x in batch]
 
 
 def _value_and_aux(returned: Any, has_aux: bool) -> tuple[Any, Any]:
@@ -245,7 +260,7 @@ def _one_batch(
         norms = [jnp.linalg.norm(g.astype(jnp.float32).ravel())[None] for g in grads]
         return Result(value, aux, grads, norms[: len(norms) if num_norms else 0])
 
-    plan = _plan(loss_fn, params, paths, batch)
+    plan = make_plan(loss_fn, params, paths, batch, with_rules=settings.method == "auto")
     rows = Rows(
         num_examples,
         settings.group_size,
@@ -253,10 +268,12 @@ def _one_batch(
         is_mean=settings.loss_reduction == "mean",
         by_example=plan.is_split,
     )
+    trace_groups(plan, loss_fn, params, batch, rows)
 
     def tapped(params: Sequence[Any], taps: Sequence[Any]) -> tuple[Any, list[Any]]:
-        value, *aux = run(plan, params, taps, batch, rows)
-        return value, aux
+        entries = [Entry(x, tap=tap) for x, tap in zip(params, taps, strict=True)]
+        value, *aux = run(plan, [*entries, *map(Entry, batch)], rows)
+        return value.value, [jax.lax.stop_gradient(x.value) for x in aux]
 
     # Made from the parameters, a tap varies over the same mapped axes as they do.
     taps = [
@@ -275,49 +292,9 @@ def _check_sum_of_microbatches(
     paths: Sequence[str],
     batch: Sequence[Any],
 ) -> None:
-    if _plan(loss_fn, params, paths, batch).has_term_of_parameters:
+    if make_plan(loss_fn, params, paths, batch, with_rules=False).has_term_of_parameters:
         raise ValueError(
             "The loss has a term of parameters alone, which a sum over micro-batches would count "
             "once for each of them. Leave it to the optimizer (weight_decay of clars_optax.clars), "
             'or use a mean loss with loss_reduction="mean".'
         )
-
-
-def _plan(
-    loss_fn: Callable[..., tuple[Any, list[Any]]],
-    params: Sequence[Any],
-    paths: Sequence[str],
-    batch: Sequence[Any],
-) -> Plan:
-    def flat(params: Sequence[Any], batch: Sequence[Any]) -> list[Any]:
-        value, aux = loss_fn(params, batch)
-        return [value, *aux]
-
-    num_examples = batch[0].shape[0]
-    traced = jax.make_jaxpr(flat)(list(params), batch)
-    try:
-        doubled_jaxpr = jax.make_jaxpr(flat)(list(params), _resized(batch, 2 * num_examples))
-    except Exception as error:
-        raise ValueError(
-            f"loss_fn works with the batch of {num_examples} examples, but not with "
-            f"{2 * num_examples}, which the norms need to see where the batch is in every "
-            "intermediate value. It probably closes over arrays or numbers that depend on the "
-            "batch size: pass the arrays in arguments of their own, named in batch_argnums, and "
-            f"take sizes from the arrays' shapes. The error was: {error}"
-        ) from error
-    program = Program(traced, num_params=len(params))
-    doubled = Program(doubled_jaxpr, num_params=len(params))
-    inputs = program.inputs
-    layouts, pairs = follow(
-        program,
-        doubled,
-        {value: leading(value.shape) for value in inputs[len(params) :]},
-        num_examples,
-    )
-    return Plan(
-        program,
-        layouts,
-        pairs,
-        dict(zip(inputs[: len(params)], paths, strict=True)),
-        num_examples,
-    )

@@ -64,35 +64,126 @@ def in_another_order_at_twice_the_batch_size(params, x):
     return jnp.mean(((x @ c) @ b if x.shape[0] <= 6 else x @ (c @ b)) ** 2)
 
 
-def scan_over_time(params, x):
-    def body(carry, now):
-        return jnp.tanh(carry * params["t"] + now[:, None]), None
+def scan_over_the_examples(params, x):
+    def step(total, now):
+        return total + jnp.sum(jnp.square(now @ params["w"])), None
 
-    return jnp.mean(jax.lax.scan(body, x, x.T)[0] ** 2)
-
-
-def loop(params, x):
-    return jnp.mean(jax.lax.fori_loop(0, 2, lambda _, h: h @ params["w"], x))
+    return jax.lax.scan(step, 0.0, x)[0] / x.shape[0]
 
 
-def branch(params, x):
-    return jnp.mean(jax.lax.cond(x.sum() > 0, lambda: x @ params["w"], lambda: x))
+def scan_over_the_examples_by_index(params, x):
+    def step(total, index):
+        return total + jnp.sum(jnp.square(x[index] @ params["w"])), None
+
+    return jax.lax.scan(step, 0.0, jnp.arange(x.shape[0]))[0] / x.shape[0]
 
 
-def rematerialised(params, x):
-    return jnp.mean(jax.checkpoint(lambda w, x: jnp.tanh(x @ w))(params["w"], x))
+def map_over_pieces_of_the_batch(params, x):
+    return jnp.mean(jax.lax.map(lambda x: x @ params["w"], x, batch_size=2))
+
+
+def while_loop(params, x):
+    return jnp.mean(jax.lax.while_loop(lambda h: h.sum() > 1e6, lambda h: h @ params["w"], x))
+
+
+def temperature_after_the_mean_of_a_scan(params, x):
+    def step(total, now):
+        return (total + jnp.mean(jnp.square(now @ params["w"]))) * params["t"], None
+
+    return jax.lax.scan(step, 0.0, jnp.stack([x, x]))[0]
+
+
+def temperature_after_the_mean_in_a_branch(params, x):
+    return jax.lax.cond(True, lambda: mean_loss(params, x) / params["t"], lambda: 0.0)
+
+
+def logits_of_pairs_checkpointed(params, x):
+    return jax.checkpoint(temperature_on_the_logits_of_pairs)(params, x)
+
+
+def own_derivative(function):
+    """The function, with its derivative stated as a custom one."""
+    own = jax.custom_vjp(function)
+    own.defvjp(lambda *args: (function(*args), args), lambda r, g: jax.vjp(function, *r)[1](g))
+    return own
+
+
+@own_derivative
+def fused_batch_norm(x, scale):
+    return (x - x.mean(0)) * jax.lax.rsqrt(x.var(0) + 1e-3) * scale
+
+
+def fused_batch_norm_with_its_scale(params, x):
+    return jnp.mean(fused_batch_norm(x, params["w"][0]) ** 3)
+
+
+@own_derivative
+def shifted_by_the_first(x, scale):
+    return jnp.cumsum(x - x[0], 0) * scale
+
+
+def running_sum_over_the_examples(params, x):
+    return jnp.mean(shifted_by_the_first(x, params["w"][0]) ** 3)
+
+
+@own_derivative
+def scaled(x, scale):
+    return x * scale
 
 
 @jax.custom_vjp
-def own_backward(w, x):
-    return x @ w
+def scaled_with_clipped_gradients(x, scale):
+    return x * scale
 
 
-own_backward.defvjp(lambda w, x: (x @ w, (w, x)), lambda r, g: (r[1].T @ g, g @ r[0].T))
+def clipped(residuals, g):
+    x, scale = residuals
+    g = g / jnp.maximum(1.0, jnp.linalg.norm(g))
+    return g * scale, jnp.sum(g * x, 0)
 
 
-def custom_backward(params, x):
-    return jnp.mean(own_backward(params["w"], x) ** 2)
+scaled_with_clipped_gradients.defvjp(lambda x, s: (x * s, (x, s)), clipped)
+
+
+@jax.custom_vjp
+def scaled_with_the_sign_of_the_gradient(x, scale):
+    return x * scale
+
+
+scaled_with_the_sign_of_the_gradient.defvjp(
+    lambda x, s: (x * s, (x, s)), lambda r, g: (g * r[1], jnp.sign(jnp.sum(g * r[0], 0)))
+)
+
+
+def gradients_clipped_across_examples(params, x):
+    return jnp.mean(scaled_with_clipped_gradients(x, params["w"][0]) ** 2)
+
+
+def sign_of_a_sum_over_examples(params, x):
+    return jnp.mean(scaled_with_the_sign_of_the_gradient(x, params["w"][0]) ** 2)
+
+
+def custom_backward_that_a_single_example_does_not_reach(params, x):
+    if x.shape[0] == 1:
+        return jnp.mean(x * params["w"][0])
+    return jnp.mean(scaled(x, params["w"][0]) ** 2)
+
+
+def custom_backward_in_a_loss_of_two_and_more(params, x):
+    if x.shape[0] < 2:
+        raise ValueError("at least two")
+    return jnp.mean(scaled(x, params["w"][0]) ** 2)
+
+
+def sharded_inside(params, x):
+    mesh = jax.make_mesh((2,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
+    layer = jax.shard_map(
+        lambda w, x: x @ w,
+        mesh=mesh,
+        in_specs=(jax.P(), jax.P("devices")),
+        out_specs=jax.P("devices"),
+    )
+    return jnp.mean(layer(params["w"], x) ** 2)
 
 
 def solve(params, x):
@@ -136,11 +227,40 @@ def changes_with_the_batch_size(params, x):
         (padded_to_the_batch, ValueError, r"'w'.*`pad`.*examples are mixed"),
         (concatenated_to_the_batch, ValueError, r"'w'.*traced differently"),
         (in_another_order_at_twice_the_batch_size, ValueError, r"'w'.*traced differently"),
-        (scan_over_time, NotImplementedError, r"'t'.*`scan`.*not supported"),
-        (loop, NotImplementedError, r"'w'.*`(scan|while)`.*not supported"),
-        (branch, NotImplementedError, r"'w'.*`cond`.*not supported"),
-        (rematerialised, NotImplementedError, r"'w'.*`(remat2?|checkpoint)`.*not supported"),
-        (custom_backward, NotImplementedError, r"'w'.*`custom_vjp_call.*not supported"),
+        (scan_over_the_examples, NotImplementedError, r"'w'.*`scan`.*steps are the examples"),
+        (
+            scan_over_the_examples_by_index,
+            NotImplementedError,
+            r"'w'.*`scan`.*steps are the examples.*jax.vmap",
+        ),
+        (map_over_pieces_of_the_batch, NotImplementedError, r"'w'.*`scan`.*jax.vmap"),
+        (while_loop, NotImplementedError, r"'w'.*`while`.*not supported"),
+        (temperature_after_the_mean_of_a_scan, ValueError, r"'t'.*`mul`.*before the mean"),
+        (temperature_after_the_mean_in_a_branch, ValueError, r"'t'.*`div`.*before the mean"),
+        (logits_of_pairs_checkpointed, ValueError, r"'t'.*`mul`.*two batch axes"),
+        (
+            fused_batch_norm_with_its_scale,
+            NotImplementedError,
+            r"'w'.*`custom_vjp_call.*that example alone.*outside of it",
+        ),
+        (gradients_clipped_across_examples, NotImplementedError, r"'w'.*`custom_vjp_call.*alone"),
+        (sign_of_a_sum_over_examples, NotImplementedError, r"'w'.*`custom_vjp_call.*alone"),
+        (running_sum_over_the_examples, NotImplementedError, r"'w'.*`custom_vjp_call.*alone"),
+        (
+            custom_backward_that_a_single_example_does_not_reach,
+            NotImplementedError,
+            r"'w'.*`custom_vjp_call.*with 1 example.*another computation then",
+        ),
+        (
+            custom_backward_in_a_loss_of_two_and_more,
+            NotImplementedError,
+            r"'w'.*`custom_vjp_call.*with 1 example.*at least two",
+        ),
+        (
+            sharded_inside,
+            NotImplementedError,
+            r"'w'.*`shard_map`.*inside of jax.shard",
+        ),
         (solve, NotImplementedError, r"'w'.*`triangular_solve`.*not supported"),
         (changes_with_the_batch_size, ValueError, r"'w'.*traced differently at twice"),
     ],
@@ -151,7 +271,7 @@ def test_refused_by_name(loss, error, message):
         clars_optax.value_and_grad_and_norms(loss)(PARAMS, BATCH)
 
 
-@pytest.mark.parametrize("loss", [temperature_after_the_mean, scan_over_time, branch])
+@pytest.mark.parametrize("loss", [temperature_after_the_mean, scan_over_the_examples])
 def test_nothing_is_refused_for_parameters_that_do_not_enter(loss):
     """What is refused for a parameter is fine for an argument that is no parameter."""
 
@@ -159,7 +279,7 @@ def test_nothing_is_refused_for_parameters_that_do_not_enter(loss):
         return loss({"w": w, "t": t}, x @ w)
 
     step = clars_optax.value_and_grad_and_norms(of_weights)
-    if loss is branch:
+    if loss is scan_over_the_examples:
 
         def of_weights_outside(w, x, t):
             return loss({"w": jnp.eye(4), "t": t}, x @ w)

@@ -1,5 +1,7 @@
 """Under `jit`, `vmap`, `pmap`, `shard_map`, `scan`, and with models of Flax Linen and NNX."""
 
+import contextlib
+
 import chex
 import flax.linen as nn
 import jax
@@ -103,6 +105,37 @@ def test_batch_sharded_under_jit(one_device):
     x, y = jax.device_put((X, Y), jax.NamedSharding(mesh, jax.P("devices")))
     found = jax.jit(step_of(batch_norm_loss(None)))(PARAMS, x, y)
     chex.assert_trees_all_close(found, one_device, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("sharded_params", [False, True])
+@pytest.mark.parametrize("in_context", [False, True])
+@pytest.mark.parametrize("options", [{}, {"group_size": 2, "num_norm_examples": 4}], ids=str)
+def test_batch_sharded_over_an_explicit_mesh(options, in_context, sharded_params):
+    """Not in the test of an automatic mesh: here, the types of arrays say how they are sharded."""
+    mesh = jax.make_mesh((4,), ("devices",))
+
+    def loss(params, x, y):
+        h = jnp.tanh(x @ params["w"])
+        return batch_norm_loss(None)(params, x, y), (h, h.mean())
+
+    expected = jax.jit(step_of(loss, has_aux=True, **options))(PARAMS, X, Y)
+    with jax.set_mesh(mesh) if in_context else contextlib.nullcontext():
+        x, y = jax.device_put((X, Y), jax.NamedSharding(mesh, jax.P("devices")))
+        split = jax.P("devices" if sharded_params else None)
+        params = {
+            "w": jax.device_put(PARAMS["w"], jax.NamedSharding(mesh, split)),
+            "scale": jax.device_put(PARAMS["scale"], jax.NamedSharding(mesh, jax.P())),
+        }
+        found = jax.jit(step_of(loss, has_aux=True, **options))(params, x, y)
+        eager = step_of(loss, has_aux=True, **options)(params, x, y)
+    (_, (h, _)), grads, norms = found
+    assert jax.typeof(h).sharding.spec == jax.P("devices", None)
+    assert jax.typeof(grads["w"]).sharding.spec == jax.P(*split, None)
+    assert jax.typeof(norms["w"]).sharding.spec == jax.P(None)
+    for result in (found, eager):
+        chex.assert_trees_all_close(
+            jax.tree.map(np.asarray, result), expected, rtol=1e-5, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1e8])

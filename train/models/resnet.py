@@ -1,15 +1,19 @@
-"""Residual networks: He, Zhang, Ren, Sun, "Deep Residual Learning" (CVPR 2016), section 4.2.
+"""Residual networks: He, Zhang, Ren, Sun, "Deep Residual Learning" (CVPR 2016).
 
-The form for small images: a 3x3 stem without pooling, stages of two-convolution blocks, each stage
-with half the resolution and twice the filters of the one before, global average pooling.
+The form for small images (section 4.2): a 3x3 stem without pooling, stages of two-convolution
+blocks, each stage with half the resolution and twice the filters of the one before, global average
+pooling. The form for ImageNet (table 1) has a 7x7 stem with pooling and, from 50 layers on,
+bottlenecks. They have their stride in the 3x3 convolution and not in the first 1x1, as everybody's
+have had since ("version 1.5").
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 
 class BasicBlock(nn.Module):
@@ -19,16 +23,18 @@ class BasicBlock(nn.Module):
         filters: channels of the output.
         stride: stride of the first convolution and of the shortcut.
         norm: makes a normalisation layer.
+        dtype: of the computation; None for that of the input.
     """
 
     filters: int
     stride: int
     norm: functools.partial[nn.BatchNorm]
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [N, H, W, C] to [N, H / stride, W / stride, filters]."""
-        conv = functools.partial(nn.Conv, use_bias=False, kernel_init=nn.initializers.he_normal())
+        conv = _conv(self.dtype)
         y = conv(self.filters, (3, 3), strides=self.stride, name="conv1")(x)
         y = nn.relu(self.norm(name="norm1")(y))
         y = conv(self.filters, (3, 3), name="conv2")(y)
@@ -39,8 +45,39 @@ class BasicBlock(nn.Module):
         return nn.relu(x + y)
 
 
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions and a shortcut (figure 5, right).
+
+    Attributes:
+        filters: channels of the 3x3 convolution; the output has four times as many.
+        stride: stride of the 3x3 convolution and of the shortcut.
+        norm: makes a normalisation layer.
+        dtype: of the computation; None for that of the input.
+    """
+
+    filters: int
+    stride: int
+    norm: functools.partial[nn.BatchNorm]
+    dtype: DTypeLike | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [N, H, W, C] to [N, H / stride, W / stride, 4 * filters]."""
+        conv = _conv(self.dtype)
+        y = conv(self.filters, (1, 1), name="conv1")(x)
+        y = nn.relu(self.norm(name="norm1")(y))
+        y = conv(self.filters, (3, 3), strides=self.stride, name="conv2")(y)
+        y = nn.relu(self.norm(name="norm2")(y))
+        y = conv(4 * self.filters, (1, 1), name="conv3")(y)
+        y = self.norm(name="norm3")(y)
+        if x.shape != y.shape:
+            x = conv(4 * self.filters, (1, 1), strides=self.stride, name="shortcut_conv")(x)
+            x = self.norm(name="shortcut_norm")(x)
+        return nn.relu(x + y)
+
+
 class ResNet(nn.Module):
-    """A residual network for small images.
+    """A residual network.
 
     Attributes:
         stage_sizes: blocks in each stage.
@@ -48,6 +85,10 @@ class ResNet(nn.Module):
         width: filters of the first stage.
         norm_momentum: decay rate of BatchNorm's running averages, per step.
         axis_name: mapped axis over which BatchNorm takes its statistics; None for one device.
+        block: the kind of block.
+        large_images: whether the stem is the one for ImageNet, 7x7 with stride 2 and max pooling,
+            or the 3x3 for small images.
+        dtype: of the computation, as opposed to the parameters; None for that of the images.
     """
 
     stage_sizes: Sequence[int]
@@ -55,6 +96,9 @@ class ResNet(nn.Module):
     width: int
     norm_momentum: float = 0.9
     axis_name: str | None = None
+    block: Callable[..., nn.Module] = BasicBlock
+    large_images: bool = False
+    dtype: DTypeLike | None = None
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
@@ -70,21 +114,31 @@ class ResNet(nn.Module):
             use_running_average=not train,
             momentum=self.norm_momentum,
             axis_name=self.axis_name,
+            dtype=self.dtype,
         )
-        x = nn.Conv(
+        x = _conv(self.dtype)(
             self.width,
-            (3, 3),
-            use_bias=False,
-            kernel_init=nn.initializers.he_normal(),
+            (7, 7) if self.large_images else (3, 3),
+            strides=2 if self.large_images else 1,
             name="stem_conv",
         )(images)
         x = nn.relu(norm(name="stem_norm")(x))
+        if self.large_images:
+            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding="SAME")
         for stage, num_blocks in enumerate(self.stage_sizes):
             for block in range(num_blocks):
-                x = BasicBlock(
+                x = self.block(
                     filters=self.width * 2**stage,
                     stride=2 if stage > 0 and block == 0 else 1,
                     norm=norm,
+                    dtype=self.dtype,
                     name=f"stage{stage + 1}_block{block + 1}",
                 )(x)
-        return nn.Dense(self.num_classes, name="head")(jnp.mean(x, axis=(1, 2)))
+        x = jnp.mean(x, axis=(1, 2))
+        return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
+
+
+def _conv(dtype: DTypeLike | None) -> functools.partial[nn.Conv]:
+    return functools.partial(
+        nn.Conv, use_bias=False, kernel_init=nn.initializers.he_normal(), dtype=dtype
+    )

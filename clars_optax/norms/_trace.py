@@ -1,0 +1,114 @@
+"""Traces the loss: at the batch size, at twice that, and where need be at the size of a group."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from clars_optax.norms._batch_axes import follow
+from clars_optax.norms._layout import leading
+from clars_optax.norms._obstacles import Obstacle
+from clars_optax.norms._plan import Plan, Scope
+from clars_optax.norms._program import Operation, Program, match
+from clars_optax.norms._taps import Rows
+
+Loss = Callable[..., tuple[Any, list[Any]]]
+"""Parameters, batch -> loss, auxiliary leaves."""
+
+
+def resized(batch: Sequence[Any], num_examples: int) -> list[Any]:
+    """The types of a batch with another number of examples."""
+
+    def resize(x: Any) -> Any:
+        copies = -(-num_examples // x.shape[0])
+        return (
+            jax.lax.concatenate([x] * copies, 0)[:num_examples] if copies > 1 else x[:num_examples]
+        )
+
+    return [jax.eval_shape(resize, x) for x in batch]
+
+
+def make_plan(
+    loss_fn: Loss,
+    params: Sequence[Any],
+    paths: Sequence[str],
+    batch: Sequence[Any],
+    *,
+    with_rules: bool,
+) -> Plan:
+    """Finds the batch in every value of the loss, and what to do with each operation.
+
+    Raises:
+      NotImplementedError, ValueError: as `value_and_grad_and_norms`.
+    """
+    num_examples = batch[0].shape[0]
+    program = _trace(loss_fn, params, batch)
+    try:
+        doubled = _trace(loss_fn, params, resized(batch, 2 * num_examples))
+    except Exception as error:
+        raise ValueError(
+            f"loss_fn works with the batch of {num_examples} examples, but not with "
+            f"{2 * num_examples}, which the norms need to see where the batch is in every "
+            "intermediate value. It probably closes over arrays or numbers that depend on the "
+            "batch size: pass the arrays in arguments of their own, named in batch_argnums, and "
+            f"take sizes from the arrays' shapes. The error was: {error}"
+        ) from error
+    inputs = program.inputs
+    layouts, pairs = follow(
+        program,
+        doubled,
+        {value: leading(value.shape) for value in inputs[len(params) :]},
+        num_examples,
+    )
+    return Plan.of_loss(
+        program,
+        Scope(layouts, pairs, num_examples, with_rules),
+        dict(zip(inputs[: len(params)], paths, strict=True)),
+    )
+
+
+def _trace(loss_fn: Loss, params: Sequence[Any], batch: Sequence[Any]) -> Program:
+    def flat(params: Sequence[Any], batch: Sequence[Any]) -> list[Any]:
+        value, aux = loss_fn(params, batch)
+        return [value, *aux]
+
+    return Program.of_loss(jax.make_jaxpr(flat)(list(params), batch), len(params))
+
+
+def trace_groups(
+    plan: Plan, loss_fn: Loss, params: Sequence[Any], batch: Sequence[Any], rows: Rows
+) -> None:
+    """Completes a plan by what functions with derivatives of their own do with a group.
+
+    Raises:
+      NotImplementedError: the loss of a group differs from the loss of the batch.
+    """
+    untraced = plan.untraced
+    if not untraced:
+        return
+    size = 1 if rows.by_example else rows.group_size
+    if size == rows.num_examples:
+        plan.scope.twins.update(zip(untraced, untraced, strict=True))
+        return
+
+    def refusal(operation: Operation, reason: str) -> Exception:
+        obstacle = Obstacle(
+            NotImplementedError,
+            "the parameter meets the batch in a function with a derivative of its own, for which "
+            f"the loss is traced with {size} example(s); {reason}. Make the loss work alike for "
+            "every batch size, or apply the parameter outside of the function.",
+        )
+        return obstacle.error(operation, untraced[operation])
+
+    try:
+        small = _trace(loss_fn, params, resized(batch, size))
+    except Exception as error:
+        raise refusal(next(iter(untraced)), f"that failed: {error}") from error
+    pairs = match(plan.program, small)
+    for operation in untraced:
+        twin = pairs[operation.outputs[0]].producer if operation.outputs[0] in pairs else None
+        if twin is None or [value.shape for value in twin.operands] != [
+            plan.scope.layouts[value].local_shape(size) for value in operation.operands
+        ]:
+            raise refusal(operation, "it is another computation then")
+        plan.scope.twins[operation] = twin

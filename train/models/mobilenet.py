@@ -1,0 +1,122 @@
+"""MobileNetV2: Sandler, Howard, Zhu, Zhmoginov, Chen (CVPR 2018), tables 1 and 2.
+
+Its residual blocks are turned inside out: thin at both ends, where the shortcut is, and wide in the
+middle, where each channel has a 3x3 filter of its own. The last convolution of a block is linear.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+# Expansion t, channels c, repetitions n, stride s of the first one (table 2).
+_STAGES = (
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+)
+
+
+class InvertedResidual(nn.Module):
+    """1x1 expansion, 3x3 depthwise, linear 1x1 projection (table 1).
+
+    Attributes:
+        expansion: channels in the middle, in channels of the input.
+        filters: channels of the output.
+        stride: stride of the depthwise convolution.
+        norm: makes a normalisation layer.
+        dtype: of the computation; None for that of the input.
+    """
+
+    expansion: int
+    filters: int
+    stride: int
+    norm: functools.partial[nn.BatchNorm]
+    dtype: DTypeLike | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [N, H, W, C] to [N, H / stride, W / stride, filters]."""
+        conv = functools.partial(
+            nn.Conv,
+            use_bias=False,
+            kernel_init=nn.initializers.he_normal(),
+            dtype=self.dtype,
+        )
+        hidden = self.expansion * x.shape[-1]
+        y = x
+        if self.expansion > 1:
+            y = conv(hidden, (1, 1), name="expand_conv")(y)
+            y = nn.relu6(self.norm(name="expand_norm")(y))
+        y = conv(
+            hidden,
+            (3, 3),
+            strides=self.stride,
+            feature_group_count=hidden,
+            name="depthwise_conv",
+        )(y)
+        y = nn.relu6(self.norm(name="depthwise_norm")(y))
+        y = conv(self.filters, (1, 1), name="project_conv")(y)
+        y = self.norm(name="project_norm")(y)
+        return x + y if x.shape == y.shape else y
+
+
+class MobileNetV2(nn.Module):
+    """MobileNetV2 of width 1.
+
+    Attributes:
+        num_classes: number of logits.
+        norm_momentum: decay rate of BatchNorm's running averages, per step.
+        axis_name: mapped axis over which BatchNorm takes its statistics; None for one device.
+        dtype: of the computation, as opposed to the parameters; None for that of the images.
+    """
+
+    num_classes: int
+    norm_momentum: float = 0.9
+    axis_name: str | None = None
+    dtype: DTypeLike | None = None
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        """Maps images [N, H, W, C] to logits [N, num_classes].
+
+        Args:
+            images: normalised images.
+            train: whether BatchNorm uses the statistics of this batch and updates its averages, or
+                uses the averages.
+        """
+        conv = functools.partial(
+            nn.Conv,
+            use_bias=False,
+            kernel_init=nn.initializers.he_normal(),
+            dtype=self.dtype,
+        )
+        norm = functools.partial(
+            nn.BatchNorm,
+            use_running_average=not train,
+            momentum=self.norm_momentum,
+            axis_name=self.axis_name,
+            dtype=self.dtype,
+        )
+        x = conv(32, (3, 3), strides=2, name="stem_conv")(images)
+        x = nn.relu6(norm(name="stem_norm")(x))
+        for stage, (expansion, filters, repetitions, stride) in enumerate(_STAGES):
+            for block in range(repetitions):
+                x = InvertedResidual(
+                    expansion,
+                    filters,
+                    stride if block == 0 else 1,
+                    norm,
+                    self.dtype,
+                    name=f"stage{stage + 1}_block{block + 1}",
+                )(x)
+        x = conv(1280, (1, 1), name="head_conv")(x)
+        x = nn.relu6(norm(name="head_norm")(x))
+        x = jnp.mean(x, axis=(1, 2))
+        return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
