@@ -1,5 +1,8 @@
 """Models drawn by hypothesis: the fast rules, the generic method and the definition agree.
 
+The definition is a copy of the parameters for every example, mapped over with an axis name through
+which BatchNorm sees the batch.
+
 More models than the default run has time for:
 
     RANDOM_MODELS=300 python -m pytest tests/norms/test_random_models.py
@@ -7,6 +10,7 @@ More models than the default run has time for:
 
 import math
 import os
+import unittest.mock
 from typing import Any, NamedTuple
 
 import hypothesis
@@ -17,6 +21,7 @@ import numpy as np
 import pytest
 
 import clars_optax
+from clars_optax.norms._rules import cheapest
 from tests.norms.quick import quick_jit
 
 MAX_EXAMPLES = int(os.environ.get("RANDOM_MODELS", "10"))
@@ -298,10 +303,13 @@ def zeros(shapes):
 
 
 class Options(NamedTuple):
+    """`way` is which of the ways of every rule to take, modulo their number; None: the cheapest."""
+
     num_examples: int
     group_size: int
     num_norm_examples: int | None
     loss_reduction: str
+    way: int | None
 
 
 @st.composite
@@ -314,6 +322,7 @@ def options(draw):
         group_size,
         None if groups is None else groups * group_size,
         draw(st.sampled_from(["mean", "sum"])),
+        draw(st.none() | st.integers(0, 4)),
     )
 
 
@@ -445,7 +454,7 @@ TOLERANCES = {"float32": 1e-5, "bfloat16": 2e-2}
 
 
 def check(model, options):
-    num_examples, group_size, num_norm_examples, loss_reduction = options
+    num_examples, group_size, num_norm_examples, loss_reduction, which = options
     reduce = {"mean": jnp.mean, "sum": jnp.sum}[loss_reduction]
     params, batch = model.make(num_examples)
 
@@ -477,7 +486,11 @@ def check(model, options):
             jax.grad(loss_of_copies)(copies, batch),
         )
 
-    results = quick_jit(everything)(params, batch)
+    def chosen(ways, device, **kwargs):
+        return cheapest(ways, device, **kwargs) if which is None else ways[which % len(ways)]
+
+    with unittest.mock.patch("clars_optax.norms._taps.cheapest", chosen):
+        results = quick_jit(everything)(params, batch)
     auto, generic, plain, rows = jax.tree.map(np.asarray, results)
 
     scale = num_examples if loss_reduction == "mean" else 1
