@@ -164,7 +164,8 @@ class Use:
                     changed["shape"] = shape
                 case "reshape":
                     changed["new_sizes"] = shape
-                case "scan":
+                case "scan" if any(layout.carries_batch for layout in self.layouts):
+                    # That of `jax.lax.map` over the examples.
                     changed["length"] = examples
                 case "tile":
                     before = self.layouts[0].local_shape(examples)
