@@ -43,8 +43,9 @@ def _measure(name: str, make: Variant, problem: Problem, base: Compiled, num_pai
     compiled = None
     try:
         compiled = Compiled.of(make(problem), problem.args)
-        if jax.default_backend() == "cpu" and compiled.temp_bytes > _physical_memory():
-            # The operating system would end this process, or somebody else's.
+        if jax.default_backend() == "cpu" and compiled.temp_bytes > _physical_memory() / 2:
+            # Arguments, results and others need memory too; where it ends, the operating system
+            # ends a process.
             return Row(name, compiled, failure="out of memory")
         return Row(name, compiled, time_pairs(base, compiled, problem.args, num_pairs))
     except NotImplementedError as error:

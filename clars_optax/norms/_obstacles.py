@@ -78,6 +78,18 @@ MIXED_INSIDE = Obstacle(
     "be seen there that each example's result depends on that example alone. Apply the parameter "
     "outside of it, or take it out of argnums.",
 )
+SIZED_INSIDE = Obstacle(
+    NotImplementedError,
+    "the parameter meets the batch inside a function with a derivative of its own that holds a "
+    "number which depends on the batch size. Apply the parameter outside of it, or bring that "
+    "number in from outside.",
+)
+NOT_LINEAR = Obstacle(
+    NotImplementedError,
+    "the function's own derivative cannot be seen to be linear in the cotangent, as that of one "
+    "which clips or normalises gradients is not; applied to each example's, it would give another "
+    "sum. Change the gradients after the call instead.",
+)
 AFTER_THE_MEAN = Obstacle(
     ValueError,
     "the parameter meets a value that is reduced over the batch, other than by addition, so "

@@ -10,12 +10,22 @@ import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
+import jax.numpy as jnp
+
 from clars_optax.norms._layout import Layout
 from clars_optax.norms._nested import Nested, can_nest
-from clars_optax.norms._obstacles import AFTER_THE_MEAN, MIXED_INSIDE, find_obstacle, is_additive
+from clars_optax.norms._obstacles import (
+    AFTER_THE_MEAN,
+    MIXED_INSIDE,
+    NOT_LINEAR,
+    SIZED_INSIDE,
+    Obstacle,
+    find_obstacle,
+    is_additive,
+)
 from clars_optax.norms._program import Operation, Program, Value
 from clars_optax.norms._rules import Rule, find_rule
-from clars_optax.norms._separate import keeps_examples_apart
+from clars_optax.norms._separate import has_same_numbers, is_linear, keeps_examples_apart
 from clars_optax.norms._taps import Use
 
 # Between a parameter and its use, these change neither the norm of a gradient nor what a rule sees.
@@ -63,16 +73,18 @@ class Scope:
             layout.carries_batch and layout.is_complete(self.num_examples)
         )
 
-    def is_separate(self, operation: Operation) -> bool:
-        """Whether no examples are mixed inside of an operation with a derivative of its own."""
-        if operation.name != "custom_vjp_call" or not any(
-            self.layouts[value].carries_batch for value in operation.operands
-        ):
-            return True
+    def own_derivative_obstacle(self, operation: Operation) -> Obstacle | None:
+        """Why an operation's own derivative cannot be taken for each example by itself."""
+        if not any(self.layouts[value].carries_batch for value in operation.operands):
+            return None if is_linear(operation) else NOT_LINEAR
+        if operation.name != "custom_vjp_call":
+            return None
         twin = self.pairs[operation.outputs[0]].producer
-        return twin is not None and keeps_examples_apart(
+        if twin is None or not keeps_examples_apart(
             operation, twin, self.layouts, self.num_examples
-        )
+        ):
+            return MIXED_INSIDE
+        return None if has_same_numbers(operation, twin) else SIZED_INSIDE
 
 
 class Plan:
@@ -188,8 +200,7 @@ class Plan:
             self.roots.update(nested.roots_of_outputs())
         else:
             obstacle = find_obstacle(operation, self.scope.layouts, self.scope.pairs)
-            if obstacle is None and not self.scope.is_separate(operation):
-                obstacle = MIXED_INSIDE
+            obstacle = obstacle or self.scope.own_derivative_obstacle(operation)
             if any(self.scope.carries_all(value) for value in operation.outputs):
                 self._mixed.add(operation)
             else:
@@ -313,8 +324,20 @@ class Plan:
         others = [value for value in operation.operands if layouts[value].carries_batch]
         if len(shadowed) > 1 or len(others) != 1 or not self.scope.carries_all(others[0]):
             return None
-        shapes = [value.shape for value in (*operation.operands, *operation.outputs)]
+        values = [*operation.operands, *operation.outputs]
+        if not all(map(_fits_rules, values)):
+            return None
+        shapes = [value.shape for value in values]
         return find_rule(operation.name, operation.params, shapes, position)
+
+
+def _fits_rules(value: Value) -> bool:
+    """Whether a rule may work on a value: its products are real, in float32."""
+    dtype = value.aval.dtype
+    is_precise = jnp.issubdtype(dtype, jnp.inexact) and (
+        jnp.issubdtype(dtype, jnp.complexfloating) or dtype.itemsize > 4
+    )
+    return math.prod(value.shape) > 0 and not is_precise
 
 
 def _is_view(operation: Operation) -> bool:

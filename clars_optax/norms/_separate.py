@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import jax
+import numpy as np
 
 from clars_optax.norms._batch_axes import follow
 from clars_optax.norms._layout import Layout
@@ -40,8 +41,9 @@ def keeps_examples_apart(
         for value in (*operation.arguments, *operation.outputs)
         if value in operation.arguments or value.is_differentiable
     ]
+    carried = [layout.carries_batch for layout in entering]
     try:
-        program, doubled = (_backward(each, entering) for each in (operation, twin))
+        program, doubled = (_backward(each, carried) for each in (operation, twin))
     except Exception:  # What the function's backward may raise is not known.
         return False
     known = dict(zip(program.inputs, entering, strict=True))
@@ -55,7 +57,60 @@ def keeps_examples_apart(
     )
 
 
-def _backward(operation: Operation, entering: Sequence[Layout]) -> Program:
+def is_linear(operation: Operation) -> bool:
+    """Whether a function's backward is linear in the cotangents, as derivatives are.
+
+    What clips or normalises gradients is not: applied to the gradients of examples, it would give
+    another sum.
+    """
+    if operation.name != "custom_vjp_call":
+        return all(is_linear(inner) for body in operation.bodies for inner in body.operations)
+    num_arguments = len(operation.arguments)
+    num_cotangents = sum(value.is_differentiable for value in operation.outputs)
+    try:
+        program = _backward(operation, [False] * (num_arguments + num_cotangents))
+    except Exception:  # What the function's backward may raise is not known.
+        return False
+    return _summed(program, {}, program.inputs[num_arguments:]) is not None
+
+
+def has_same_numbers(operation: Operation, twin: Operation) -> bool:
+    """Whether a function and its backward hold the same numbers as at another batch size.
+
+    One that divides by the batch size would divide by the size of a group when it is traced for
+    one.
+    """
+    num_inputs = len(operation.arguments) + sum(v.is_differentiable for v in operation.outputs)
+    try:
+        backwards = [_backward(each, [False] * num_inputs) for each in (operation, twin)]
+    except Exception:  # What the function's backward may raise is not known.
+        return False
+    pairs = [*zip(operation.bodies, twin.bodies, strict=True), backwards]
+    return all(_numbers_agree(*pair) for pair in pairs)
+
+
+def _numbers_agree(one: Program, two: Program) -> bool:
+    if len(one.operations) != len(two.operations):
+        return False
+    values = list(zip(one.outputs, two.outputs, strict=True))
+    for first, second in zip(one.operations, two.operations, strict=True):
+        if first.name != second.name or len(first.operands) != len(second.operands):
+            return False
+        values.extend(zip(first.operands, second.operands, strict=True))
+        if not all(map(_numbers_agree, first.bodies, second.bodies)):
+            return False
+    return all(_is_same_number(a.constant, b.constant) for a, b in values)
+
+
+def _is_same_number(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if a is None or b is None or isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
+        return False
+    return np.shape(a) == np.shape(b) and bool(np.all(np.asarray(a) == np.asarray(b)))
+
+
+def _backward(operation: Operation, carried: Sequence[bool]) -> Program:
     """Cotangents of the arguments, from the arguments and the cotangents of the results."""
     arguments = operation.arguments
     moved = [i for i, value in enumerate(arguments) if value.is_differentiable]
@@ -72,7 +127,6 @@ def _backward(operation: Operation, entering: Sequence[Layout]) -> Program:
     jaxpr = jax.make_jaxpr(pull)(
         [value.aval for value in arguments], [operation.outputs[i].aval for i in outputs]
     )
-    carried = [layout.carries_batch for layout in entering]
     return Program(jaxpr, from_params=[False] * len(carried), from_batch=carried)
 
 
@@ -95,9 +149,14 @@ def _is_local(operation: Operation, layouts: Mapping[Value, Layout]) -> bool:
     return is_local(operation, layouts)
 
 
-def _summed(program: Program, layouts: Mapping[Value, Layout]) -> Set[Value] | None:
-    """The values that are sums over the examples; None if examples are mixed otherwise."""
-    summed: set[Value] = set()
+def _summed(
+    program: Program, layouts: Mapping[Value, Layout], addends: Sequence[Value] = ()
+) -> Set[Value] | None:
+    """The values that are sums over the examples; None if examples are mixed otherwise.
+
+    Inputs that are such sums already may be named: what is made of them must be linear.
+    """
+    summed: set[Value] = set(addends)
     needed = set(program.outputs)
     for operation in reversed(program.operations):
         if not needed.isdisjoint(operation.outputs):
@@ -105,13 +164,14 @@ def _summed(program: Program, layouts: Mapping[Value, Layout]) -> Set[Value] | N
     for operation in program.operations:
         if needed.isdisjoint(operation.outputs):
             continue
-        addends = [value for value in operation.operands if value in summed]
-        if addends:
+        found = [value for value in operation.operands if value in summed]
+        if found:
             others = [value for value in operation.operands if value not in summed]
             if any(value.from_batch for value in others) or not (
                 operation.name in LINEAR
-                or (operation.name in ("dot_general", "mul") and len(addends) == 1)
+                or (operation.name in ("dot_general", "mul") and len(found) == 1)
                 or (operation.name == "div" and operation.operands[1] not in summed)
+                or (operation.name == "select_n" and _selects(operation, summed))
             ):
                 return None
             summed.update(operation.outputs)
@@ -122,3 +182,16 @@ def _summed(program: Program, layouts: Mapping[Value, Layout]) -> Set[Value] | N
                 return None
             summed.update(operation.outputs)
     return summed
+
+
+def _selects(operation: Operation, summed: Set[Value]) -> bool:
+    """Whether a choice is between sums and zeros, whatever the sums are."""
+    choice, *cases = operation.operands
+    return choice not in summed and all(case in summed or _is_zero(case) for case in cases)
+
+
+def _is_zero(value: Value) -> bool:
+    producer = value.producer
+    if producer is not None and producer.name == "broadcast_in_dim":
+        return _is_zero(producer.operands[0])
+    return value.constant is not None and _is_same_number(value.constant, 0)

@@ -10,6 +10,7 @@ from clars_optax.norms._layout import leading
 from clars_optax.norms._obstacles import Obstacle
 from clars_optax.norms._plan import Plan, Scope
 from clars_optax.norms._program import Operation, Program, match
+from clars_optax.norms._separate import has_same_numbers
 from clars_optax.norms._taps import Rows
 
 Loss = Callable[..., tuple[Any, list[Any]]]
@@ -110,5 +111,7 @@ def trace_groups(
         if twin is None or [value.shape for value in twin.operands] != [
             plan.scope.layouts[value].local_shape(size) for value in operation.operands
         ]:
+            raise refusal(operation, "it is another computation then")
+        if not has_same_numbers(operation, twin):
             raise refusal(operation, "it is another computation then")
         plan.scope.twins[operation] = twin

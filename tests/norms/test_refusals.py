@@ -175,6 +175,52 @@ def custom_backward_in_a_loss_of_two_and_more(params, x):
     return jnp.mean(scaled(x, params["w"][0]) ** 2)
 
 
+@jax.custom_vjp
+def with_the_mean_of_the_gradients(x, scale):
+    return x * scale
+
+
+with_the_mean_of_the_gradients.defvjp(
+    lambda x, s: (x * s, (x, s)), lambda r, g: (g * r[1], jnp.sum(g * r[0], 0) / len(g))
+)
+
+
+@jax.custom_vjp
+def with_a_weight_for_small_batches(x, scale):
+    return x * scale
+
+
+with_a_weight_for_small_batches.defvjp(
+    lambda x, s: (x * s, (x, s)),
+    lambda r, g: (g * r[1], jnp.sum(g * r[0], 0) * min(len(g), 4)),
+)
+
+
+def gradients_divided_by_the_batch_size(params, x):
+    return jnp.mean(with_the_mean_of_the_gradients(x, params["w"][0]) ** 2)
+
+
+def gradients_times_the_size_of_small_batches(params, x):
+    return jnp.mean(with_a_weight_for_small_batches(x, params["w"][0]) ** 2)
+
+
+@jax.custom_vjp
+def clipped_gradient(w):
+    return w
+
+
+clipped_gradient.defvjp(lambda w: (w, None), lambda _, g: (jnp.clip(g, -0.01, 0.01),))
+
+
+def clips_the_gradient_of_a_parameter(params, x):
+    return mean_loss({"w": clipped_gradient(params["w"])}, x)
+
+
+def clips_the_gradient_of_a_parameter_in_a_scan(params, x):
+    _, w = jax.lax.scan(lambda c, row: (c, clipped_gradient(row)), None, params["w"])
+    return mean_loss({"w": w}, x)
+
+
 def sharded_inside(params, x):
     mesh = jax.make_mesh((2,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
     layer = jax.shard_map(
@@ -255,6 +301,26 @@ def changes_with_the_batch_size(params, x):
             custom_backward_in_a_loss_of_two_and_more,
             NotImplementedError,
             r"'w'.*`custom_vjp_call.*with 1 example.*at least two",
+        ),
+        (
+            gradients_divided_by_the_batch_size,
+            NotImplementedError,
+            r"'w'.*`custom_vjp_call.*number which depends on the batch size",
+        ),
+        (
+            gradients_times_the_size_of_small_batches,
+            NotImplementedError,
+            r"'w'.*`custom_vjp_call.*with 1 example.*another computation then",
+        ),
+        (
+            clips_the_gradient_of_a_parameter,
+            NotImplementedError,
+            r"'w'.*`custom_vjp_call.*linear.*after the call",
+        ),
+        (
+            clips_the_gradient_of_a_parameter_in_a_scan,
+            NotImplementedError,
+            r"'w'.*`scan.*linear.*after the call",
         ),
         (
             sharded_inside,

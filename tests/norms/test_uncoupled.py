@@ -23,7 +23,7 @@ def model_and_example_grads(name):
 
 def norms_of_groups(grads, group_size):
     def norm(g):
-        g = g.reshape(-1, group_size, *g.shape[1:]).mean(1)
+        g = g.reshape(len(g) // group_size, group_size, *g.shape[1:]).mean(1)
         return jnp.sqrt(jnp.sum(g**2, axis=tuple(range(1, g.ndim))))
 
     return jax.tree.map(norm, grads)
@@ -57,3 +57,52 @@ def test_matches_vmap_of_grad(name, options):
     chex.assert_trees_all_equal_shapes_and_dtypes(norms, expected)
     for found, wanted in zip(jax.tree.leaves(norms), jax.tree.leaves(expected), strict=True):
         assert jnp.max(jnp.abs(found - wanted)) <= 1e-5 * jnp.max(wanted) + 1e-7
+
+
+def expect_vmap_of_grad(loss, params, x):
+    _, grad, norms = jax.jit(clars_optax.value_and_grad_and_norms(loss))(params, x)
+    grads = jax.jit(jax.vmap(lambda p, x: jax.grad(loss)(p, x[None]), in_axes=(None, 0)))(params, x)
+    chex.assert_trees_all_close(norms, norms_of_groups(grads, 1), rtol=1e-5)
+    expected = jax.grad(loss)(params, x)
+    chex.assert_trees_all_equal_dtypes(grad, expected)
+    return grad, expected
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda p, x: jnp.abs(jnp.fft.rfft(x) @ p["w"]) ** 2,
+        lambda p, x: jnp.fft.irfft(jnp.fft.rfft(x) @ p["w"]),
+        lambda p, x: jnp.abs(jnp.fft.rfft(x) * p["w"][0, 0]) ** 2,
+    ],
+)
+def test_parameters_that_meet_complex_values(use):
+    params = {"w": jax.random.normal(jax.random.key(0), (3, 3))}
+    x = jax.random.normal(jax.random.key(1), (NUM_EXAMPLES, 4))
+    grad, expected = expect_vmap_of_grad(
+        lambda p, x: jnp.mean(jnp.sum(use(p, x), axis=1)), params, x
+    )
+    chex.assert_trees_all_close(grad, expected, rtol=1e-5)
+
+
+def test_parameters_without_entries():
+    def loss(p, x):
+        wide = jnp.concatenate([x @ p["in"], x], axis=1)
+        return jnp.mean(jnp.sum((wide + x[:, :0] @ p["none"] + p["b"]) ** 2, axis=1))
+
+    params = {"in": jnp.ones((4, 0)), "none": jnp.ones((0, 4)), "b": jnp.ones(4)}
+    x = jax.random.normal(jax.random.key(1), (NUM_EXAMPLES, 4))
+    grad, expected = expect_vmap_of_grad(loss, params, x)
+    chex.assert_trees_all_close(grad, expected, rtol=1e-5)
+
+
+def test_float64_keeps_its_precision():
+    with jax.enable_x64(True):
+        params = {"w": jax.random.normal(jax.random.key(0), (4, 5), jnp.float64)}
+        x = jax.random.normal(jax.random.key(1), (NUM_EXAMPLES, 3, 4), jnp.float64)
+
+        def loss(p, x):
+            return jnp.mean(jnp.sum(jnp.sin(x @ p["w"]), axis=(1, 2)))
+
+        grad, expected = expect_vmap_of_grad(loss, params, x)
+        chex.assert_trees_all_close(grad, expected, rtol=1e-13)
