@@ -334,10 +334,8 @@ class Plan:
 def _fits_rules(value: Value) -> bool:
     """Whether a rule may work on a value: its products are real, in float32."""
     dtype = value.aval.dtype
-    is_precise = jnp.issubdtype(dtype, jnp.inexact) and (
-        jnp.issubdtype(dtype, jnp.complexfloating) or dtype.itemsize > 4
-    )
-    return math.prod(value.shape) > 0 and not is_precise
+    is_wider = jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize > 4
+    return math.prod(value.shape) > 0 and not is_wider
 
 
 def _is_view(operation: Operation) -> bool:

@@ -238,7 +238,7 @@ class Use:
         """The cotangent of an argument from those of its entries per row."""
         layout = self.layouts[index]
         if not layout.carries_batch:
-            return cotangents.sum(axis=0)
+            return sum_of_rows(cotangents)
         _, pull = jax.vjp(lambda x: rows.cut(x, layout)[0], argument)
         return pull(cotangents)[0]
 
@@ -314,7 +314,7 @@ def carry(
         cotangents = use.differentiable(cotangents)
         if not any(layout.carries_batch for layout in use.layouts):
             # The map is linear and the same for all rows: their sum can be pulled back at once.
-            total = [x.sum(axis=0) for x in cotangents]
+            total = [sum_of_rows(x) for x in cotangents]
             active = use.pull(arguments, total, use.active)
             pulled = use.pull_rows(arguments, [(x, None) for x in cotangents], use.shadowed, rows)
             return use.placed(pulled, active)

@@ -108,10 +108,11 @@ def trace_groups(
     pairs = match(plan.program, small)
     for operation in untraced:
         twin = pairs[operation.outputs[0]].producer if operation.outputs[0] in pairs else None
-        if twin is None or [value.shape for value in twin.operands] != [
-            plan.scope.layouts[value].local_shape(size) for value in operation.operands
-        ]:
-            raise refusal(operation, "it is another computation then")
-        if not has_same_numbers(operation, twin):
+        shapes = [plan.scope.layouts[value].local_shape(size) for value in operation.operands]
+        if (
+            twin is None
+            or [value.shape for value in twin.operands] != shapes
+            or not has_same_numbers(operation, twin)
+        ):
             raise refusal(operation, "it is another computation then")
         plan.scope.twins[operation] = twin

@@ -145,13 +145,19 @@ def clipped(residuals, g):
 scaled_with_clipped_gradients.defvjp(lambda x, s: (x * s, (x, s)), clipped)
 
 
-@jax.custom_vjp
-def scaled_with_the_sign_of_the_gradient(x, scale):
-    return x * scale
+def scaled_with_own_gradient(of_scale):
+    """`x * scale`, with a gradient of the scale made from the cotangents and x."""
+
+    @jax.custom_vjp
+    def run(x, scale):
+        return x * scale
+
+    run.defvjp(lambda x, s: (x * s, (x, s)), lambda r, g: (g * r[1], of_scale(g, r[0])))
+    return run
 
 
-scaled_with_the_sign_of_the_gradient.defvjp(
-    lambda x, s: (x * s, (x, s)), lambda r, g: (g * r[1], jnp.sign(jnp.sum(g * r[0], 0)))
+scaled_with_the_sign_of_the_gradient = scaled_with_own_gradient(
+    lambda g, x: jnp.sign(jnp.sum(g * x, 0))
 )
 
 
@@ -175,24 +181,9 @@ def custom_backward_in_a_loss_of_two_and_more(params, x):
     return jnp.mean(scaled(x, params["w"][0]) ** 2)
 
 
-@jax.custom_vjp
-def with_the_mean_of_the_gradients(x, scale):
-    return x * scale
-
-
-with_the_mean_of_the_gradients.defvjp(
-    lambda x, s: (x * s, (x, s)), lambda r, g: (g * r[1], jnp.sum(g * r[0], 0) / len(g))
-)
-
-
-@jax.custom_vjp
-def with_a_weight_for_small_batches(x, scale):
-    return x * scale
-
-
-with_a_weight_for_small_batches.defvjp(
-    lambda x, s: (x * s, (x, s)),
-    lambda r, g: (g * r[1], jnp.sum(g * r[0], 0) * min(len(g), 4)),
+with_the_mean_of_the_gradients = scaled_with_own_gradient(lambda g, x: jnp.sum(g * x, 0) / len(g))
+with_a_weight_for_small_batches = scaled_with_own_gradient(
+    lambda g, x: jnp.sum(g * x, 0) * min(len(g), 4)
 )
 
 

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from train.models import layers
+
 _BOTTLENECK = 4  # channels of the 1x1 convolution, in growth rates (section 3)
 
 
@@ -32,12 +34,7 @@ class DenseLayer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [N, H, W, C] to [N, H, W, C + growth_rate]."""
-        conv = functools.partial(
-            nn.Conv,
-            use_bias=False,
-            kernel_init=nn.initializers.he_normal(),
-            dtype=self.dtype,
-        )
+        conv = layers.conv(self.dtype)
         y = nn.relu(self.norm(name="norm1")(x))
         y = conv(_BOTTLENECK * self.growth_rate, (1, 1), name="conv1")(y)
         y = nn.relu(self.norm(name="norm2")(y))
@@ -61,14 +58,7 @@ class Transition(nn.Module):
         """Maps [N, H, W, C] to [N, H / 2, W / 2, C / 2]."""
         channels = x.shape[-1] // 2
         x = nn.relu(self.norm(name="norm")(x))
-        x = nn.Conv(
-            channels,
-            (1, 1),
-            use_bias=False,
-            kernel_init=nn.initializers.he_normal(),
-            dtype=self.dtype,
-            name="conv",
-        )(x)
+        x = layers.conv(self.dtype)(channels, (1, 1), name="conv")(x)
         return nn.avg_pool(x, (2, 2), strides=(2, 2))
 
 
@@ -104,20 +94,16 @@ class DenseNet(nn.Module):
             train: whether BatchNorm uses the statistics of this batch and updates its averages, or
                 uses the averages.
         """
-        norm = functools.partial(
-            nn.BatchNorm,
-            use_running_average=not train,
+        norm = layers.batch_norm(
+            train=train,
             momentum=self.norm_momentum,
             axis_name=self.axis_name,
             dtype=self.dtype,
         )
-        x = nn.Conv(
+        x = layers.conv(self.dtype)(
             2 * self.growth_rate,
             (7, 7) if self.large_images else (3, 3),
             strides=2 if self.large_images else 1,
-            use_bias=False,
-            kernel_init=nn.initializers.he_normal(),
-            dtype=self.dtype,
             name="stem_conv",
         )(images)
         if self.large_images:

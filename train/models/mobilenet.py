@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from train.models import layers
+
 # Expansion t, channels c, repetitions n, stride s of the first one (table 2).
 _STAGES = (
     (1, 16, 1, 1),
@@ -43,12 +45,7 @@ class InvertedResidual(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [N, H, W, C] to [N, H / stride, W / stride, filters]."""
-        conv = functools.partial(
-            nn.Conv,
-            use_bias=False,
-            kernel_init=nn.initializers.he_normal(),
-            dtype=self.dtype,
-        )
+        conv = layers.conv(self.dtype)
         hidden = self.expansion * x.shape[-1]
         y = x
         if self.expansion > 1:
@@ -91,15 +88,9 @@ class MobileNetV2(nn.Module):
             train: whether BatchNorm uses the statistics of this batch and updates its averages, or
                 uses the averages.
         """
-        conv = functools.partial(
-            nn.Conv,
-            use_bias=False,
-            kernel_init=nn.initializers.he_normal(),
-            dtype=self.dtype,
-        )
-        norm = functools.partial(
-            nn.BatchNorm,
-            use_running_average=not train,
+        conv = layers.conv(self.dtype)
+        norm = layers.batch_norm(
+            train=train,
             momentum=self.norm_momentum,
             axis_name=self.axis_name,
             dtype=self.dtype,

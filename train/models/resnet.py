@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from train.models import layers
+
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut (figure 5, left).
@@ -34,7 +36,7 @@ class BasicBlock(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [N, H, W, C] to [N, H / stride, W / stride, filters]."""
-        conv = _conv(self.dtype)
+        conv = layers.conv(self.dtype)
         y = conv(self.filters, (3, 3), strides=self.stride, name="conv1")(x)
         y = nn.relu(self.norm(name="norm1")(y))
         y = conv(self.filters, (3, 3), name="conv2")(y)
@@ -63,7 +65,7 @@ class Bottleneck(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [N, H, W, C] to [N, H / stride, W / stride, 4 * filters]."""
-        conv = _conv(self.dtype)
+        conv = layers.conv(self.dtype)
         y = conv(self.filters, (1, 1), name="conv1")(x)
         y = nn.relu(self.norm(name="norm1")(y))
         y = conv(self.filters, (3, 3), strides=self.stride, name="conv2")(y)
@@ -109,14 +111,13 @@ class ResNet(nn.Module):
             train: whether BatchNorm uses the statistics of this batch and updates its averages, or
                 uses the averages.
         """
-        norm = functools.partial(
-            nn.BatchNorm,
-            use_running_average=not train,
+        norm = layers.batch_norm(
+            train=train,
             momentum=self.norm_momentum,
             axis_name=self.axis_name,
             dtype=self.dtype,
         )
-        x = _conv(self.dtype)(
+        x = layers.conv(self.dtype)(
             self.width,
             (7, 7) if self.large_images else (3, 3),
             strides=2 if self.large_images else 1,
@@ -136,9 +137,3 @@ class ResNet(nn.Module):
                 )(x)
         x = jnp.mean(x, axis=(1, 2))
         return nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
-
-
-def _conv(dtype: DTypeLike | None) -> functools.partial[nn.Conv]:
-    return functools.partial(
-        nn.Conv, use_bias=False, kernel_init=nn.initializers.he_normal(), dtype=dtype
-    )

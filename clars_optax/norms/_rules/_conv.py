@@ -123,7 +123,7 @@ class Conv:
                 for k in range(taps)
             ]
             a, c = self._patches(x, whole=axis), jnp.concatenate(shifted, axis=-1)
-            return gradients(_flat(a), _flat(c), self._precision)
+            return gradients(self._in_blocks(a), self._in_blocks(c), self._precision)
 
         def place(total: jax.Array) -> jax.Array:
             rest = [size for index, size in enumerate(self._taps) if index != axis]
@@ -269,8 +269,3 @@ def _channels_last(x: jax.Array, spec: Sequence[int]) -> jax.Array:
     """`[G, b, *axes]` to `[G, b, R, *positions, channels]`: R shares the axis of the batch."""
     batch, channels, *positions = spec
     return x.transpose([0, 1, *(axis + 2 for axis in (batch, *positions, channels))])
-
-
-def _flat(x: jax.Array) -> jax.Array:
-    """`[G, b, R, *positions, width]` to `[G, 1, uses, width]`."""
-    return x.reshape(x.shape[0], 1, -1, x.shape[-1])
