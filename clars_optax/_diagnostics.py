@@ -35,6 +35,7 @@ def diagnostics(
     batch_size: int,
     group_size: int = 1,
     axis_name: Any = None,
+    mean_square_norms: Any = None,
     trust_coefficient: ArrayLike = 0.01,
     max_trust_ratio: ArrayLike = 0.1,
     eps: ArrayLike = 1e-6,
@@ -73,11 +74,14 @@ def diagnostics(
       params: the parameters.
       grads: the gradient, a mean over ``batch_size`` examples. If the loss is a sum, divide
         them, not the norms, by ``batch_size``.
-      norms: a tree like ``params`` of vectors, one norm per group, of the whole batch or a part.
+      norms: a tree like ``params`` of vectors, one norm per group, of the whole batch or a part; or
+        of scalars, their means, for those who accumulate norms: then ``mean_square_norms`` too.
       batch_size: number of examples in the whole batch, over all devices.
       group_size: number of examples whose mean gradient each norm is of.
       axis_name: name of the mapped axis, or axes, whose devices hold equal shares of the batch;
         grads (of the device, or averaged already) and norms are averaged over it.
+      mean_square_norms: a tree like ``params`` of the means of the squared norms, where ``norms``
+        are means.
       trust_coefficient: as in :func:`clars`.
       max_trust_ratio: as in :func:`clars`.
       eps: as in :func:`clars`.
@@ -87,7 +91,8 @@ def diagnostics(
       A :class:`Diagnostics` of trees like ``params``.
 
     Raises:
-      ValueError: if the sizes contradict each other, or a leaf of ``norms`` is no vector.
+      ValueError: if the sizes contradict each other, or a leaf of ``norms`` is a scalar and there
+        are no ``mean_square_norms``.
 
     Example:
       >>> import clars_optax
@@ -111,13 +116,19 @@ def diagnostics(
             " one or more whole groups. `batch_size` counts the examples of all devices."
         )
     vectors = match_norms(params, norms, "norms")
+    squares: Any
+    if mean_square_norms is None:
+        squares = jax.tree.map(jnp.square, vectors)
+    else:
+        squares = match_norms(params, mean_square_norms, "mean_square_norms")
     devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
     for path, vector in jax.tree_util.tree_leaves_with_path(vectors):
-        if vector.ndim != 1:
+        if vector.ndim != 1 and mean_square_norms is None:
             raise ValueError(
                 f"`norms` at {leaf_name(path)} is a scalar: `diagnostics` needs the vector of "
                 "norms, one per example or group, because it takes the mean of their squares. Call "
-                "it before you average them."
+                "it before you average them, or pass the mean of the squares as "
+                "`mean_square_norms`."
             )
         if vector.size * group_size * devices > batch_size:
             raise ValueError(
@@ -132,9 +143,9 @@ def diagnostics(
     def mean(x: Any) -> Any:
         return x if axis_name is None else jax.lax.pmean(x, axis_name)
 
-    def of_leaf(param: Any, is_scaled: bool, grad: Any, vector: Any) -> Diagnostics:
+    def of_leaf(param: Any, is_scaled: bool, grad: Any, vector: Any, square: Any) -> Diagnostics:
         mean_norm = mean(jnp.mean(vector))
-        small = mean(jnp.mean(jnp.square(vector)))
+        small = mean(jnp.mean(square))
         big = jnp.sum(jnp.square(mean(jnp.asarray(grad, jnp.float32))))
         ratio = trust_ratio(param, mean_norm, trust_coefficient, max_trust_ratio, eps)
         noise_scale = jnp.full((), jnp.nan, jnp.float32)
@@ -149,7 +160,7 @@ def diagnostics(
             noise_scale=noise_scale,
         )
 
-    rows = jax.tree.map(of_leaf, params, mask, grads, vectors)
+    rows = jax.tree.map(of_leaf, params, mask, grads, vectors, squares)
     return jax.tree.transpose(
         jax.tree.structure(params), jax.tree.structure(Diagnostics(0, 0, 0, 0)), rows
     )

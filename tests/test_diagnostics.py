@@ -113,6 +113,22 @@ def test_norms_of_a_part_of_the_batch():
     np.testing.assert_allclose(result.noise_scale["kernel"], noise_scale, rtol=1e-4)
 
 
+def test_means_of_norms_and_of_their_squares_are_enough():
+    params, example_grads = draw(3, 8)
+    norms, grads = norms_of(example_grads), means_of(example_grads)
+    expected = clars_optax.diagnostics(params, grads, norms, batch_size=8)
+
+    found = clars_optax.diagnostics(
+        params,
+        grads,
+        jax.tree.map(jnp.mean, norms),
+        mean_square_norms=jax.tree.map(lambda n: jnp.mean(n**2), norms),
+        batch_size=8,
+    )
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)
+
+
 def test_trust_ratio_is_the_one_of_clars():
     params, example_grads = draw(0, 6)
     grads, norms = means_of(example_grads), norms_of(example_grads)

@@ -41,8 +41,9 @@ class Settings:
                 continue
             if not _is_integer(size):
                 raise TypeError(f"{name} must be an int, got {size!r}.")
-            if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}.")
+            least = 0 if name == "num_norm_examples" else 1
+            if size < least:
+                raise ValueError(f"{name} must be at least {least}, got {size}.")
         for name in ("num_norm_examples", "microbatch_size"):
             size = getattr(self, name)
             if size is not None and size % self.group_size:

@@ -11,7 +11,7 @@ from clars_optax.norms._arguments import is_key
 
 
 class Result(NamedTuple):
-    """What a batch gives: leaves in flat lists, `norms` empty where none were asked for."""
+    """What a batch gives: leaves in flat lists."""
 
     value: jax.Array
     aux: list[Any]
@@ -87,7 +87,10 @@ def accumulate(
             return jax.tree.map(jnp.add, sums, summed), piece
 
         sums, stacked = jax.lax.scan(body, sums, jnp.arange(indices[0], indices[-1] + 1))
-        pieces.extend(jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(len(indices)))
+        collected, norms = stacked
+        axes = [axis for axis in aux_axes if axis is not None]
+        joined = [_join(x, axis) for x, axis in zip(collected, axes, strict=True)]
+        pieces.append((joined, [_join(x, 0) for x in norms]))
 
     value, averaged, grads = sums
     if is_mean:
@@ -101,10 +104,14 @@ def accumulate(
     value, aux, grads = jax.tree.map(
         lambda x, like: x.astype(like.dtype), (value, aux, grads), tuple(dtypes)[:3]
     )
-    with_norms = [norms for _, norms in pieces if norms]
-    return Result(
-        value, aux, grads, [jnp.concatenate(leaf) for leaf in zip(*with_norms, strict=True)]
-    )
+    norms = [jnp.concatenate(leaf) for leaf in zip(*(norms for _, norms in pieces), strict=True)]
+    return Result(value, aux, grads, norms)
+
+
+def _join(stacked: jax.Array, axis: int) -> jax.Array:
+    """Concatenates what is stacked on the first axis along an axis of its items."""
+    moved = jnp.moveaxis(stacked, 0, axis)
+    return moved.reshape(*moved.shape[:axis], -1, *moved.shape[axis + 2 :])
 
 
 def find_aux_axes(

@@ -76,8 +76,8 @@ def value_and_grad_and_norms(
         single examples: the gradient of a group is the mean of its members'. It must divide the
         number of examples; all of them as one group give the norm of the gradient itself.
       num_norm_examples: Norms of the first so many examples only, a multiple of `group_size`; the
-        value and the gradient are still those of all. None: of all. Inside `pmap` it counts per
-        device.
+        value and the gradient are still those of all. None: of all. 0: of none, which leaves plain
+        gradient accumulation. Inside `pmap` it counts per device.
       microbatch_size: Number of examples m that are worked on at a time, a multiple of `group_size`
         that divides the number of examples. None: all at once. BatchNorm statistics, and so the
         :math:`g_i`, are then those of the micro-batches. The results are those of the whole batch:
@@ -258,7 +258,7 @@ def _one_batch(
     if num_norms == 0 or num_examples == 1 or not params:
         (value, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(list(params), batch)
         norms = [jnp.linalg.norm(g.astype(jnp.float32).ravel())[None] for g in grads]
-        return Result(value, aux, grads, norms[: len(norms) if num_norms else 0])
+        return Result(value, aux, grads, [norm[:num_norms] for norm in norms])
 
     plan = make_plan(loss_fn, params, paths, batch, with_rules=settings.method == "auto")
     rows = Rows(

@@ -26,7 +26,7 @@ def loss_fn(params, batch):
         ({"group_size": 0}, ValueError, "group_size must be at least 1, got 0"),
         ({"group_size": 2.0}, TypeError, "group_size must be an int, got 2.0"),
         ({"group_size": None}, TypeError, "group_size must be an int, got None"),
-        ({"num_norm_examples": -4}, ValueError, "num_norm_examples must be at least 1"),
+        ({"num_norm_examples": -4}, ValueError, "num_norm_examples must be at least 0"),
         ({"microbatch_size": True}, TypeError, "microbatch_size must be an int, got True"),
         (
             {"microbatch_size": 3, "group_size": 2},

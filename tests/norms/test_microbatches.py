@@ -41,6 +41,7 @@ def way(request, monkeypatch):
         {"microbatch_size": 4, "num_norm_examples": 10},
         {"microbatch_size": 6, "num_norm_examples": 4, "group_size": 2},
         {"microbatch_size": 3, "num_norm_examples": 6},
+        {"microbatch_size": 3, "num_norm_examples": 0},
     ],
     ids=str,
 )
@@ -52,6 +53,28 @@ def test_same_as_the_whole_batch(options, way):
     chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
     if way == "scanned" and options["microbatch_size"] < 6:
         assert "scan" in str(jax.make_jaxpr(step_of(**options))(PARAMS, X, Y))
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 4])
+def test_no_norms_leave_the_plain_gradient(microbatch_size, way):
+    step = jax.jit(step_of(num_norm_examples=0, microbatch_size=microbatch_size))
+
+    value, grads, norms = step(PARAMS, X, Y)
+
+    expected = jax.value_and_grad(loss_fn, has_aux=True)(PARAMS, X, Y)
+    chex.assert_trees_all_close((value, grads), expected, rtol=1e-5, atol=1e-6)
+    assert jax.tree.map(jnp.shape, norms) == {"w": (0,), "b": (0,)}
+
+
+def test_program_of_a_loop_does_not_grow_with_the_microbatches(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    step = step_of(microbatch_size=2)
+
+    few, many = (
+        len(jax.make_jaxpr(step)(PARAMS, normal(2, n, 4), normal(3, n, 3)).eqns) for n in (12, 96)
+    )
+
+    assert many == few
 
 
 def test_sum(way):
