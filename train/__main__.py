@@ -3,12 +3,13 @@
 import sys
 from collections.abc import Sequence
 
-import jax
 import tyro
 
+from train import processes
 from train.config import Config
 from train.configs import CONFIGS
-from train.loop import run
+from train.loop import prepare, train
+from train.validation import validate_cluster
 
 
 def parse(arguments: Sequence[str]) -> Config:
@@ -27,11 +28,13 @@ def main() -> None:
     """Runs the command line."""
     config = parse(sys.argv[1:])
     try:
-        config.validate(jax.local_device_count())
-    except ValueError as error:
+        validate_cluster(config)
+        processes.join(config)
+        prepared = prepare(config)
+    except (ValueError, FileNotFoundError) as error:
         print(f"python -m train: {error}", file=sys.stderr)
         sys.exit(2)
-    run(config)
+    train(prepared)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every option of a training run, and which values make sense together."""
+"""Every option of a training run."""
 
 import dataclasses
 import math
@@ -8,70 +8,137 @@ from typing import Literal
 
 from tyro.conf import Positional, Suppress
 
-from train.data import DATASETS
+from train.optimizers import OptimizerName
+from train.schedules import ScheduleName
 
-OptimizerName = Literal["clars", "lars", "sgd"]
+ConfigName = Literal[
+    "digits",
+    "fashion-mnist",
+    "imagenet-resnet50",
+    "imagenet-densenet121",
+    "imagenet-mobilenetv2",
+    "imagenet-resnet50-goyal",
+    "imagenet-resnet50-nus",
+    "imagenet-resnet50-mlperf",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Train a network with a large batch on all local devices.
+    """Train a network with a large batch on all devices.
 
-    All sizes count examples over all devices together; each device takes an equal share.
+    Sizes count examples over all devices of all processes together, and each device takes an equal
+    share; only --microbatch-size counts the examples of one device, whose memory it is about.
 
     Attributes:
         config: Named configuration that gives every option below its default. The file
-            train/configs/NAME.py says what to expect of it.
-        optimizer: clars: layer-wise rates from the mean norm of the per-example gradients. lars:
-            from the norm of the mean gradient (plus decay). sgd: the same rate for every layer.
-            All have heavy-ball momentum.
-        learning_rate: Base learning rate, for a batch of 256 examples; the peak is this times
-            batch-size / 256. None: what the configuration names for the optimizer.
-        warmup_epochs: Epochs in which the learning rate rises linearly to the peak; after them it
-            falls with power 2 to zero.
-        batch_size: Examples per step. The devices must divide it.
-        epochs: Length of the run, in passes over the training split.
-        weight_decay: Coefficient of the weights in the gradient. Biases and BatchNorm scales do not
-            decay.
-        momentum: Decay rate of the momentum buffer, per step.
+            train/configs/ says what to run and what to expect of it.
+        dataset: digits, fashion-mnist or imagenet2012.
+        model: Name of the network; train/models/ has one file per family.
+        image_size: Height and width of what the network sees, in pixels. None: what is usual for
+            the data set.
+        dtype: Numbers that the network computes with. Parameters, gradients, norms and the
+            optimizer are float32 in any case.
+        dropout_rate: Share of values that dropout sets to zero, where the paper of the network has
+            it: DenseNet, MobileNet.
+        zero_init_residual: The last BatchNorm scale of every residual block starts at 0, so that
+            the block begins as the identity.
         norm_momentum: Decay rate of BatchNorm's running averages, per step. A run of few steps
             wants a small one, and large batches allow it.
-        group_size: Only for clars: consecutive examples of a device whose mean gradient counts as
-            one example's. With 1 it is the paper's formula, with 8 what its authors' code does.
-        num_norm_examples: Only for clars: examples of each batch whose gradient norms are taken, in
-            equal parts on each device; the gradient is that of the whole batch. None: all.
-        microbatch_size: Examples that go through the network at a time, to save memory; BatchNorm
-            takes its statistics over these. It must divide the batch, and the devices it. None:
-            the whole batch.
-        seed: Seed of the initial parameters and of the order of the examples. The same seed gives
-            the same numbers.
-        workdir: Run folder, where configuration, metrics, curves and checkpoint go. It must be
-            empty, or not there yet. None: runs/CONFIG-TIME.
-        data_dir: Folder of tensorflow-datasets, where the data set is prepared once. None: what
-            the variable TFDS_DATA_DIR names, or else ~/tensorflow_datasets.
-        dataset: name of the data set; set by the named configuration alone.
-        model: name of the network; likewise.
-        tuned_learning_rates: `learning_rate` by optimizer where none is given; likewise.
+        bn_group: Devices that take their BatchNorm statistics together. 1: each its own. None: all
+            of them. It must divide the number of devices.
+        optimizer: clars: layer-wise rates from the mean norm of the per-example gradients. lars:
+            from the norm of the mean gradient (plus decay), all else as clars. optax-lars:
+            Optax's, whose momentum buffer holds the rates too. lamb: layer-wise Adam. sgd: the same
+            rate for every layer. lena: layer-wise warm-up from the gradients' variance. tvlars:
+            lars with a factor that falls over time.
+        learning_rate: Base learning rate, for a batch of 256 examples; the peak is this times
+            batch-size / 256. None: what the configuration names for the optimizer.
+        warmup_epochs: Epochs in which the learning rate rises linearly to the peak.
+        schedule: What follows: polynomial: falls with power 2. cosine: falls along half a cosine.
+            step: falls to a tenth at each of --decay-epochs. constant: stays.
+        end_learning_rate: Where polynomial and cosine end.
+        decay_epochs: Epochs at which the schedule "step" falls.
+        batch_size: Examples per step.
+        epochs: Length of the run, in passes over the training split.
+        weight_decay: Coefficient of the weights in the gradient.
+        weight_decay_mask: weights: biases and BatchNorm scales do not decay. all: they do, as in
+            the code of CLARS's authors.
+        momentum: Decay rate of the momentum buffer, per step.
+        nesterov: Nesterov's momentum instead of the heavy ball's.
+        trust_coefficient: Factor of the layers' trust ratios. None: what the optimizer's authors
+            use.
+        max_trust_ratio: Upper bound of the trust ratios. None: likewise.
+        label_smoothing: Share of each label that is spread evenly over all classes.
+        ema_decay: Decay rate per step of a moving average of the weights, which is then what is
+            evaluated. None: no average.
+        group_size: For clars and lena: consecutive examples of a device whose mean gradient counts
+            as one example's. With 1 it is the paper's formula, with 8 what its authors' code does.
+        num_norm_examples: For clars and lena: examples of each batch whose gradient norms are
+            taken, in equal parts on each device; the gradient is that of the whole batch. None:
+            all.
+        microbatch_size: Examples of one device that go through the network at a time, to save
+            memory; BatchNorm takes its statistics over these. A device whose share of the batch is
+            not larger takes it at once. None: the whole share.
+        transfer_size: Examples that are copied to the devices at a time, over all devices, to save
+            memory there and on the hosts. It must divide the batch. None: the whole batch.
+        eval_epochs: Epochs between evaluations, each with a checkpoint; the last one and the best
+            one are kept. The end of the run has them in any case.
+        seed: Seed of the initial parameters, of the order of the examples, of their augmentation
+            and of dropout. The same seed gives the same numbers.
+        workdir: Run folder, where configuration, metrics, curves and checkpoints go. None:
+            runs/CONFIG-TIME, which only a single process can choose.
+        resume: auto: a run folder that was begun with the same options goes on from its last
+            checkpoint. never: the folder must be empty, or not there yet.
+        data_dir: Folder of tensorflow-datasets, where the data set is prepared. None: what the
+            variable TFDS_DATA_DIR names, or else ~/tensorflow_datasets.
+        coordinator: For several processes: HOST:PORT of the process with index 0, with
+            --num-processes and --process-id; or "auto" where the platform tells (a TPU pod slice,
+            Slurm, Open MPI, Kubernetes). None: a single process.
+        num_processes: Number of processes; left out with "auto".
+        process_id: Index of this process, from 0; left out with "auto".
+        learning_rates: `learning_rate` by optimizer where none is given; set by the named
+            configuration alone.
     """
 
-    config: Positional[Literal["digits"]] = "digits"
+    config: Positional[ConfigName] = "digits"
+    dataset: str = "digits"
+    model: str = "resnet8"
+    image_size: int | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    dropout_rate: float = 0.0
+    zero_init_residual: bool = False
+    norm_momentum: float = 0.9
+    bn_group: int | None = None
     optimizer: OptimizerName = "clars"
     learning_rate: float | None = None
     warmup_epochs: float = 0.0
+    schedule: ScheduleName = "polynomial"
+    end_learning_rate: float = 0.0
+    decay_epochs: tuple[float, ...] = ()
     batch_size: int = 256
     epochs: float = 10.0
     weight_decay: float = 1e-4
+    weight_decay_mask: Literal["weights", "all"] = "weights"
     momentum: float = 0.9
-    norm_momentum: float = 0.9
+    nesterov: bool = False
+    trust_coefficient: float | None = None
+    max_trust_ratio: float | None = None
+    label_smoothing: float = 0.0
+    ema_decay: float | None = None
     group_size: int = 1
     num_norm_examples: int | None = None
     microbatch_size: int | None = None
+    transfer_size: int | None = None
+    eval_epochs: float = 1.0
     seed: int = 0
     workdir: Path | None = None
+    resume: Literal["auto", "never"] = "auto"
     data_dir: Path | None = None
-    dataset: Suppress[str] = "digits"
-    model: Suppress[str] = "resnet8"
-    tuned_learning_rates: Suppress[Mapping[OptimizerName, float]] = dataclasses.field(
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    learning_rates: Suppress[Mapping[OptimizerName, float]] = dataclasses.field(
         default_factory=dict
     )
 
@@ -79,7 +146,7 @@ class Config:
     def base_learning_rate(self) -> float:
         """`learning_rate`, or what the configuration names for the optimizer."""
         if self.learning_rate is None:
-            return self.tuned_learning_rates[self.optimizer]
+            return self.learning_rates[self.optimizer]
         return self.learning_rate
 
     @property
@@ -87,145 +154,14 @@ class Config:
         """The largest learning rate of the run, in proportion to the batch."""
         return self.base_learning_rate * self.batch_size / 256
 
-    @property
-    def steps_per_epoch(self) -> float:
-        """Steps in one pass over the training split; batches run on across its end."""
-        return DATASETS[self.dataset].num_train / self.batch_size
-
-    @property
-    def num_steps(self) -> int:
-        """Steps of the whole run."""
-        return math.ceil(self.epochs * self.steps_per_epoch)
-
-    def validate(self, num_devices: int) -> None:
-        """Checks the options before anything is written.
+    def num_steps(self, num_train: int) -> int:
+        """Counts the steps of a run; batches run on across the end of a pass.
 
         Args:
-            num_devices: the devices that share the batch.
-
-        Raises:
-            ValueError: names the option, what came, what is allowed and what to do.
+            num_train: examples of the training split.
         """
-        _at_least(
-            1,
-            batch_size=self.batch_size,
-            group_size=self.group_size,
-            num_norm_examples=self.num_norm_examples,
-            microbatch_size=self.microbatch_size,
-        )
-        _at_least(
-            0, seed=self.seed, weight_decay=self.weight_decay, warmup_epochs=self.warmup_epochs
-        )
-        _positive(epochs=self.epochs, learning_rate=self.learning_rate)
-        _decay_rate(momentum=self.momentum, norm_momentum=self.norm_momentum)
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(
-                f"--warmup-epochs is {self.warmup_epochs:g}, but must be less than --epochs, "
-                f"{self.epochs:g}: warm up for less, or train for longer."
-            )
-        self._validate_sizes(num_devices)
-        if self.workdir is not None:
-            refuse_used_workdir(self.workdir)
+        return math.ceil(self.epochs * num_train / self.batch_size)
 
-    def _validate_sizes(self, num_devices: int) -> None:
-        """Checks the sizes that divide one another."""
-        num_train = DATASETS[self.dataset].num_train
-        if self.batch_size > num_train:
-            raise ValueError(
-                f"--batch-size is {self.batch_size}, but the training split of {self.dataset} has "
-                f"{num_train} examples: choose at most {num_train // num_devices * num_devices}."
-            )
-        devices = "the number of devices"
-        _multiple_of(num_devices, devices, "batch_size", self.batch_size, largest=num_train)
-        at_a_time = self.batch_size
-        if self.microbatch_size is not None:
-            at_a_time = self.microbatch_size
-            self._at_most_the_batch("microbatch_size", at_a_time)
-            _multiple_of(num_devices, devices, "microbatch_size", at_a_time, self.batch_size)
-            if self.batch_size % at_a_time:
-                raise ValueError(
-                    f"--microbatch-size is {at_a_time}, but must divide --batch-size, "
-                    f"{self.batch_size}: {_divisors(self.batch_size, num_devices)} would do."
-                )
-        share = at_a_time // num_devices
-        if share % self.group_size:
-            raise ValueError(
-                f"--group-size is {self.group_size}, but must divide the {share} examples that go "
-                f"through a device at a time: {_divisors(share)} would do."
-            )
-        if self.num_norm_examples is not None:
-            self._at_most_the_batch("num_norm_examples", self.num_norm_examples)
-            _multiple_of(
-                num_devices * self.group_size,
-                devices if self.group_size == 1 else f"{devices} times --group-size",
-                "num_norm_examples",
-                self.num_norm_examples,
-                self.batch_size,
-            )
-
-    def _at_most_the_batch(self, name: str, value: int) -> None:
-        if value > self.batch_size:
-            raise ValueError(
-                f"{_option(name)} is {value}, but must be at most --batch-size, "
-                f"{self.batch_size}: lower it."
-            )
-
-
-def refuse_used_workdir(workdir: Path) -> None:
-    """Refuses a run folder that holds something: a run never writes over another."""
-    if workdir.exists() and not workdir.is_dir():
-        raise ValueError(f"--workdir is {workdir}, but that is a file: name a folder.")
-    if workdir.exists() and any(workdir.iterdir()):
-        raise ValueError(
-            f"--workdir is {workdir}, but that folder is not empty: name a new one, or remove it."
-        )
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _at_least(minimum: int, **options: float | None) -> None:
-    for name, value in options.items():
-        if value is not None and not (math.isfinite(value) and value >= minimum):
-            raise ValueError(
-                f"{_option(name)} is {value:g}, but must be at least {minimum}: raise it."
-            )
-
-
-def _positive(**options: float | None) -> None:
-    for name, value in options.items():
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise ValueError(
-                f"{_option(name)} is {value:g}, but must be a finite number above 0: change it."
-            )
-
-
-def _decay_rate(**options: float) -> None:
-    for name, value in options.items():
-        if not 0 <= value < 1:
-            raise ValueError(
-                f"{_option(name)} is {value:g}, but must be at least 0 and less than 1: "
-                "0.9 is usual."
-            )
-
-
-def _multiple_of(unit: int, unit_name: str, name: str, value: int, largest: int) -> None:
-    """Checks that each device gets the same whole number of groups."""
-    if value % unit == 0:
-        return
-    below = value // unit * unit
-    sizes = [size for size in (below, below + unit) if 0 < size <= largest]
-    raise ValueError(
-        f"{_option(name)} is {value}, but must be a multiple of {unit}, {unit_name}: "
-        f"{_either(sizes)} would do."
-    )
-
-
-def _divisors(total: int, unit: int = 1) -> str:
-    return _either([size for size in range(unit, total + 1, unit) if total % size == 0])
-
-
-def _either(sizes: list[int]) -> str:
-    *others, last = map(str, sizes)
-    return f"{', '.join(others)} or {last}" if others else last
+    def in_steps(self, epochs: float, num_train: int) -> int:
+        """Counts the whole steps that come closest to a number of epochs."""
+        return round(epochs * num_train / self.batch_size)

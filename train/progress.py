@@ -17,9 +17,10 @@ class TrainingProgress:
         num_steps: steps of the run.
         batch_size: examples per step.
         console: where to show it.
+        done: steps that an earlier part of the run has done.
     """
 
-    def __init__(self, num_steps: int, batch_size: int, console: Console) -> None:
+    def __init__(self, num_steps: int, batch_size: int, console: Console, done: int = 0) -> None:
         self._bar = Progress(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=24),
@@ -27,7 +28,8 @@ class TrainingProgress:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task("compiling the first step", total=num_steps)
+        self._task = self._bar.add_task("compiling the first step", total=num_steps, completed=done)
+        self._first = done + 1
         self._console = console
         self._num_steps = num_steps
         self._batch_size = batch_size
@@ -43,7 +45,7 @@ class TrainingProgress:
             accuracy: that of the last step.
         """
         status = f"loss {loss:.4f}  accuracy {accuracy:6.1%}"
-        if step > 1:  # The first step is compilation for the most part.
+        if step > self._first:  # The first step is compilation for the most part.
             self._seconds.append(seconds)
             mean = sum(self._seconds) / len(self._seconds)
             left = round(mean * (self._num_steps - step))
@@ -51,7 +53,9 @@ class TrainingProgress:
             status += f"  {left // 60}:{left % 60:02} left"
         self._bar.update(self._task, completed=step, description=status)
         interval = max(1, self._num_steps // _LINES_PER_RUN)
-        if not self._console.is_terminal and (step % interval == 0 or step in (1, self._num_steps)):
+        if not self._console.is_terminal and (
+            step % interval == 0 or step in (self._first, self._num_steps)
+        ):
             self._console.print(f"step {step}/{self._num_steps}  {status}")
 
     def __enter__(self) -> "TrainingProgress":

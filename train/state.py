@@ -1,8 +1,10 @@
-"""What a step changes: parameters, optimizer state and BatchNorm's running averages."""
+"""What a step changes: weights, their average, optimizer state and BatchNorm's running averages."""
 
 from typing import Any
 
+import jax.numpy as jnp
 import optax
+from flax import struct
 from flax.training import train_state
 
 
@@ -13,23 +15,42 @@ class TrainState(train_state.TrainState):
 
     Attributes:
         batch_stats: BatchNorm's running averages.
+        ema_params: exponential moving average of `params`; None where none is kept.
+        ema_decay: its decay rate per step.
     """
 
     batch_stats: Any
+    ema_params: Any = None
+    ema_decay: float | None = struct.field(pytree_node=False, default=None)
 
-    def apply_gradients(
-        self, *, grads: Any, example_grad_norms: Any = None, **changes: Any
+    @property
+    def eval_params(self) -> Any:
+        """The weights to evaluate: the averaged ones where an average is kept."""
+        return self.params if self.ema_params is None else self.ema_params
+
+    def apply_gradients(  # type: ignore[override]
+        self, *, grads: Any, batch_stats: Any, **extra_args: Any
     ) -> "TrainState":
         """Takes a step of the optimizer.
 
         Args:
             grads: the gradient, a tree like `params`.
-            example_grad_norms: what `clars_optax.value_and_grad_and_norms` gives, averaged over the
-                devices; optimizers that need no norms ignore it.
-            **changes: other fields to replace, such as `batch_stats`.
+            batch_stats: the new running averages.
+            **extra_args: what the optimizer's `update` takes besides, such as
+                `example_grad_norms`; optimizers that need none ignore them.
         """
-        updates, opt_state = self.tx.update(
-            grads, self.opt_state, self.params, example_grad_norms=example_grad_norms
-        )
+        updates, opt_state = self.tx.update(grads, self.opt_state, self.params, **extra_args)
         params = optax.apply_updates(self.params, updates)
-        return self.replace(step=self.step + 1, params=params, opt_state=opt_state, **changes)
+        ema_params = self.ema_params
+        if self.ema_decay is not None:
+            # A smaller decay at first, as in TensorFlow's ExponentialMovingAverage: large batches
+            # take few steps, and the initial weights should not outlive many of them.
+            decay = jnp.minimum(self.ema_decay, (1 + self.step) / (10 + self.step))
+            ema_params = optax.incremental_update(params, ema_params, 1 - decay)
+        return self.replace(
+            step=self.step + 1,
+            params=params,
+            opt_state=opt_state,
+            batch_stats=batch_stats,
+            ema_params=ema_params,
+        )

@@ -5,19 +5,30 @@ import pytest
 
 from train.__main__ import main, parse
 from train.configs import CONFIGS
+from train.validation import validate, validate_cluster, validate_with_data
 
 
-def message(num_devices=8, **options):
+def message(num_devices=8, num_processes=1, **options):
     config = dataclasses.replace(CONFIGS["digits"], **options)
     with pytest.raises(ValueError, match="--") as info:
-        config.validate(num_devices)
+        validate(config, num_devices, num_processes)
     return str(info.value)
 
 
-@pytest.mark.parametrize("num_devices", [1, 2, 8])
-def test_named_configurations_are_valid(num_devices):
-    for config in CONFIGS.values():
-        config.validate(num_devices)
+@pytest.mark.parametrize("num_devices", [1, 2, 8, 64])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_named_configurations_are_valid(name, num_devices):
+    config = CONFIGS[name]
+    if config.batch_size % num_devices == 0:
+        validate(config, num_devices)
+    assert config.config == name
+
+
+def test_configurations_for_imagenet_run_at_batch_16384_on_any_usual_number_of_devices():
+    for name in ("imagenet-resnet50", "imagenet-densenet121", "imagenet-mobilenetv2"):
+        config = parse([name, "--batch-size", "16384"])
+        for num_devices in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512):
+            validate(config, num_devices)
 
 
 def test_batch_that_the_devices_do_not_divide():
@@ -32,28 +43,50 @@ def test_batch_smaller_than_the_devices():
 
 
 def test_batch_larger_than_the_data_set():
-    assert message(batch_size=2000) == (
-        "--batch-size is 2000, but the training split of digits has 1437 examples: choose at most "
-        "1432."
+    config = dataclasses.replace(CONFIGS["digits"], batch_size=2000)
+    with pytest.raises(ValueError, match="--batch-size is 2000, but the training split") as info:
+        validate_with_data(config, 1437)
+    assert str(info.value).endswith("of digits has 1437 examples: choose at most as many.")
+
+
+def test_microbatch_that_does_not_divide_a_share():
+    assert message(batch_size=96, microbatch_size=8) == (
+        "--microbatch-size is 8, but must divide the share of a device, 12: 1, 2, 3, 4, 6 or 12 "
+        "would do."
     )
 
 
-def test_microbatch_that_does_not_divide_the_batch():
-    assert message(batch_size=96, microbatch_size=64) == (
-        "--microbatch-size is 64, but must divide --batch-size, 96: 8, 16, 24, 32, 48 or 96 would "
-        "do."
+def test_share_that_is_smaller_than_a_microbatch_goes_through_at_once():
+    validate(dataclasses.replace(CONFIGS["digits"], batch_size=96, microbatch_size=13), 8)
+
+
+def test_transfer_that_does_not_divide_the_batch():
+    assert message(batch_size=96, transfer_size=64) == (
+        "--transfer-size is 64, but must divide --batch-size, 96: 8, 16, 24, 32, 48 or 96 would do."
     )
 
 
-def test_microbatch_that_the_devices_do_not_divide():
-    assert "--microbatch-size is 12, but must be a multiple of 8" in message(
-        batch_size=96, microbatch_size=12
+def test_transfer_that_the_devices_do_not_divide():
+    assert "--transfer-size is 12, but must be a multiple of 8" in message(
+        batch_size=96, transfer_size=12
     )
 
 
-def test_microbatch_larger_than_the_batch():
-    assert message(batch_size=96, microbatch_size=192) == (
-        "--microbatch-size is 192, but must be at most --batch-size, 96: lower it."
+def test_transfer_larger_than_the_batch():
+    assert message(batch_size=96, transfer_size=192) == (
+        "--transfer-size is 192, but must be at most --batch-size, 96: lower it."
+    )
+
+
+def test_microbatch_that_does_not_divide_a_transfer():
+    assert "must divide the share of a device in a transfer, 6" in message(
+        batch_size=96, transfer_size=48, microbatch_size=4
+    )
+
+
+def test_groups_of_devices_that_do_not_divide_them():
+    assert message(bn_group=3) == (
+        "--bn-group is 3, but must divide the number of devices, 8: 1, 2, 4 or 8 would do."
     )
 
 
@@ -62,7 +95,8 @@ def test_group_that_does_not_divide_a_share():
         "--group-size is 5, but must divide the 12 examples that go through a device at a time: "
         "1, 2, 3, 4, 6 or 12 would do."
     )
-    assert "the 6 examples" in message(batch_size=96, microbatch_size=48, group_size=4)
+    assert "the 6 examples" in message(batch_size=96, microbatch_size=6, group_size=4)
+    assert "the 6 examples" in message(batch_size=96, transfer_size=48, group_size=4)
 
 
 def test_norm_examples_that_make_no_whole_groups():
@@ -79,7 +113,16 @@ def test_more_norm_examples_than_examples():
 
 
 @pytest.mark.parametrize(
-    "name", ["batch_size", "group_size", "num_norm_examples", "microbatch_size"]
+    "name",
+    [
+        "batch_size",
+        "bn_group",
+        "group_size",
+        "image_size",
+        "microbatch_size",
+        "num_norm_examples",
+        "transfer_size",
+    ],
 )
 def test_sizes_below_one(name):
     assert message(**{name: 0}) == (
@@ -87,7 +130,7 @@ def test_sizes_below_one(name):
     )
 
 
-@pytest.mark.parametrize("name", ["seed", "weight_decay", "warmup_epochs"])
+@pytest.mark.parametrize("name", ["seed", "weight_decay", "warmup_epochs", "end_learning_rate"])
 def test_negative_numbers(name):
     assert message(**{name: -1}) == (
         f"--{name.replace('_', '-')} is -1, but must be at least 0: raise it."
@@ -95,15 +138,17 @@ def test_negative_numbers(name):
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["epochs", "learning_rate"])
+@pytest.mark.parametrize(
+    "name", ["epochs", "eval_epochs", "learning_rate", "trust_coefficient", "max_trust_ratio"]
+)
 def test_numbers_that_must_be_positive(name, value):
     assert message(**{name: value}) == (
         f"--{name.replace('_', '-')} is {value:g}, but must be a finite number above 0: change it."
     )
 
 
-@pytest.mark.parametrize("name", ["momentum", "norm_momentum"])
-def test_momentum_of_one(name):
+@pytest.mark.parametrize("name", ["momentum", "norm_momentum", "ema_decay"])
+def test_decay_rate_of_one(name):
     assert message(**{name: 1.0}) == (
         f"--{name.replace('_', '-')} is 1, but must be at least 0 and less than 1: 0.9 is usual."
     )
@@ -116,33 +161,106 @@ def test_warmup_longer_than_the_run():
     )
 
 
-def test_used_workdir(tmp_path):
+@pytest.mark.parametrize("optimizer", ["lena", "tvlars"])
+def test_warmup_of_optimizers_that_bring_their_own(optimizer):
+    assert f"but {optimizer} brings what takes the place of warm-up" in message(
+        optimizer=optimizer, learning_rate=1.0, warmup_epochs=1.0
+    )
+
+
+def test_schedule_of_tvlars():
+    assert message(optimizer="tvlars", learning_rate=1.0) == (
+        "--schedule is polynomial, but tvlars has one of its own: choose constant, with "
+        "--end-learning-rate 0."
+    )
+
+
+def test_seed_too_large():
+    assert message(seed=2**32) == "--seed is 4294967296, but must be less than 2^32: lower it."
+
+
+@pytest.mark.parametrize("name", ["dropout_rate", "label_smoothing"])
+def test_share_of_one(name):
+    assert "but must be at least 0 and less than 1: 0.1 is usual." in message(**{name: 1.0})
+
+
+def test_options_that_the_model_has_not():
+    assert "--dropout-rate" in message(dropout_rate=0.1)
+    assert "--zero-init-residual" in message(model="densenet_bc40", zero_init_residual=True)
+
+
+def test_options_that_the_optimizer_has_not():
+    assert "--trust-coefficient" in message(optimizer="sgd", trust_coefficient=0.1)
+
+
+def test_unknown_names():
+    assert message(dataset="cifar10").startswith(
+        "--dataset is 'cifar10', but must be digits, fashion-mnist or imagenet2012"
+    )
+    assert "resnet50" in message(model="vgg16")
+
+
+def test_optimizer_without_a_learning_rate():
+    assert message(optimizer="lamb") == (
+        "--learning-rate is missing: the configuration digits names none for lamb, only for clars, "
+        "lars or sgd. Give one, for a batch of 256 examples."
+    )
+    validate(dataclasses.replace(CONFIGS["digits"], optimizer="lamb", learning_rate=0.01), 8)
+
+
+def test_schedule_is_checked_against_the_length_of_the_run():
+    config = dataclasses.replace(
+        CONFIGS["digits"], schedule="step", epochs=4, decay_epochs=(2.0, 8.0)
+    )
+    with pytest.raises(ValueError, match="--decay-epochs"):
+        validate_with_data(config, 1437)
+
+
+def test_workdir_that_is_a_file(tmp_path):
     (tmp_path / "something").touch()
 
-    assert message(workdir=tmp_path) == (
-        f"--workdir is {tmp_path}, but that folder is not empty: name a new one, or remove it."
-    )
     assert "that is a file" in message(workdir=tmp_path / "something")
 
 
-def test_empty_workdir_is_accepted(tmp_path):
-    dataclasses.replace(CONFIGS["digits"], workdir=tmp_path).validate(1)
+def test_several_processes_need_a_workdir():
+    assert "--workdir is missing" in message(num_processes=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"num_processes": 2}, "--num-processes is 2, but --coordinator is None"),
+        ({"coordinator": "auto", "process_id": 0}, "--process-id is 0, but --coordinator is auto"),
+        ({"coordinator": "h:1", "process_id": 0}, "--num-processes is missing"),
+        ({"coordinator": "h:1", "num_processes": 2}, "--process-id is missing"),
+        (
+            {"coordinator": "h:1", "num_processes": 2, "process_id": 2},
+            "--process-id is 2, but must be less than --num-processes, 2",
+        ),
+        (
+            {"coordinator": "h", "num_processes": 2, "process_id": 1},
+            "--coordinator is 'h', but must be HOST:PORT or auto",
+        ),
+    ],
+    ids=str,
+)
+def test_cluster(options, text):
+    with pytest.raises(ValueError, match=re.escape(text)):
+        validate_cluster(dataclasses.replace(CONFIGS["digits"], **options))
 
 
 def test_learning_rate_is_the_configurations_unless_given():
     config = CONFIGS["digits"]
 
-    assert parse([]).peak_learning_rate == pytest.approx(
-        config.tuned_learning_rates["clars"] * 720 / 256
-    )
-    assert parse(["--optimizer", "sgd"]).base_learning_rate == config.tuned_learning_rates["sgd"]
+    assert parse([]).peak_learning_rate == pytest.approx(config.learning_rates["clars"] * 720 / 256)
+    assert parse(["--optimizer", "sgd"]).base_learning_rate == config.learning_rates["sgd"]
     assert parse(["digits", "--learning-rate", "0.7"]).base_learning_rate == 0.7
 
 
 def test_steps_cover_the_epochs():
     config = dataclasses.replace(CONFIGS["digits"], batch_size=720, epochs=2)
 
-    assert config.num_steps == 4  # 2 * 1,437 = 3.99 * 720
+    assert config.num_steps(1437) == 4  # 2 * 1,437 = 3.99 * 720
 
 
 def test_wrong_option_is_one_line_and_exit_code_2(monkeypatch, capsys):
@@ -162,8 +280,8 @@ def test_help_explains_every_option(capsys):
     text = capsys.readouterr().out
     for field in dataclasses.fields(CONFIGS["digits"]):
         option = f"--{field.name.replace('_', '-')}"
-        if field.name in ("dataset", "model", "tuned_learning_rates"):
-            assert option not in text
+        if field.name == "learning_rates":
+            assert option + " " not in text.replace("--learning-rate ", "")
         elif field.name != "config":
             assert option in text
     assert "720)" in text

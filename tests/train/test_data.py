@@ -6,7 +6,9 @@ import pytest
 import sklearn.datasets
 
 from train.data import DATASETS, digits
-from train.data.pipeline import eval_batches, train_batches
+from train.data.pipeline import train_batches
+
+DIGITS = DATASETS["digits"]
 
 IMPORTS_NO_TENSORFLOW = """
 import sys
@@ -37,8 +39,8 @@ def test_splits_hold_every_digit_of_sklearn_once(data_dir, train_examples):
 
     test_examples = digits.load(data_dir, "test")
 
-    assert len(train_examples) == DATASETS["digits"].num_train
-    assert len(test_examples) == DATASETS["digits"].num_test
+    assert len(train_examples) == 1437
+    assert len(test_examples) == 360
     assert rows([*train_examples, *test_examples]) == expected
 
 
@@ -82,15 +84,26 @@ def test_other_failures_to_write_are_raised(tmp_path, monkeypatch):
 
 def test_constants_describe_the_training_pixels(train_examples):
     pixels = np.stack([example["image"] for example in train_examples])
-    dataset = DATASETS["digits"]
 
-    np.testing.assert_allclose(dataset.mean, pixels.mean(axis=(0, 1, 2)), atol=0.005)
-    np.testing.assert_allclose(dataset.std, pixels.std(axis=(0, 1, 2)), atol=0.005)
-    assert dataset.image_shape == pixels.shape[1:]
+    np.testing.assert_allclose(DIGITS.mean, pixels.mean(axis=(0, 1, 2)), atol=0.005)
+    np.testing.assert_allclose(DIGITS.std, pixels.std(axis=(0, 1, 2)), atol=0.005)
+    assert DIGITS.image_shape(DIGITS.image_size) == pixels.shape[1:]
+
+
+def test_digits_are_fed_as_they_are(train_examples):
+    image = train_examples[0]["image"]
+
+    np.testing.assert_array_equal(
+        DIGITS.augment(train_examples[0], 8, np.random.default_rng(0)), image
+    )
+    np.testing.assert_array_equal(DIGITS.crop(train_examples[0], 8), image)
+    assert DIGITS.crop(train_examples[0], 32).shape == DIGITS.image_shape(32)
 
 
 def test_one_pass_sees_every_example_once(train_examples):
-    batches = train_batches(train_examples, batch_size=479, seed=0)  # 3 * 479 = 1,437
+    batches = train_batches(
+        DIGITS, train_examples, batch_size=479, image_size=8, seed=0
+    )  # 3 * 479 = 1,437
     images, labels = [], []
     for batch in (next(batches) for _ in range(3)):
         images.extend(batch["image"])
@@ -98,36 +111,6 @@ def test_one_pass_sees_every_example_once(train_examples):
 
     seen = rows({"image": i, "label": y} for i, y in zip(images, labels, strict=True))
     assert seen == rows(train_examples)
-
-
-def test_batches_run_across_the_end_of_a_pass():
-    examples = [{"image": np.full((1, 1, 1), i, np.uint8), "label": i} for i in range(5)]
-    batches = train_batches(examples, batch_size=3, seed=0)
-
-    labels = np.concatenate([next(batches)["label"] for _ in range(5)])
-
-    assert [sorted(labels[i : i + 5]) for i in (0, 5, 10)] == [[0, 1, 2, 3, 4]] * 3
-    assert not np.array_equal(labels[:5], labels[5:10])
-
-
-def test_seed_determines_the_order(train_examples):
-    first, again, other = (
-        next(train_batches(train_examples, batch_size=64, seed=seed))["label"] for seed in (3, 3, 4)
-    )
-
-    np.testing.assert_array_equal(first, again)
-    assert not np.array_equal(first, other)
-
-
-def test_evaluation_fills_up_the_last_batch():
-    examples = [{"image": np.full((2, 2, 1), i + 1, np.uint8), "label": i} for i in range(5)]
-
-    batches = list(eval_batches(examples, batch_size=3))
-
-    assert [batch["image"].shape for batch in batches] == [(3, 2, 2, 1)] * 2
-    np.testing.assert_array_equal(batches[1]["image"][2], 0)
-    np.testing.assert_array_equal(np.concatenate([b["label"] for b in batches]), [0, 1, 2, 3, 4, 0])
-    np.testing.assert_array_equal(np.concatenate([b["mask"] for b in batches]), [1, 1, 1, 1, 1, 0])
 
 
 def test_no_tensorflow_at_run_time(data_dir):

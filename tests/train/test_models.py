@@ -1,11 +1,15 @@
 import functools
+import itertools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from train.models import MODELS, densenet
+from train.models import MODELS, densenet, make_model, mobilenet_v1, mobilenet_v2, resnet
+
+GROUPS = ((0, 1, 2, 3), (4, 5, 6, 7))
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +96,59 @@ def test_number_of_parameters_is_that_of_torchvision(name, count):
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes["params"])) == count
 
 
+def number_of_parameters(name, num_classes):
+    shapes = jax.eval_shape(
+        functools.partial(make_model(name, num_classes=num_classes).init, train=True),
+        jax.random.key(0),
+        jnp.zeros((1, 32, 32, 3)),
+    )
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
+
+
+def test_number_of_parameters_of_mobilenet_v1_is_that_of_keras():
+    assert number_of_parameters("mobilenet_v1", 1000) == 4_231_976
+
+
+def test_the_form_of_mobilenet_v2_for_small_images_has_the_same_parameters():
+    count = number_of_parameters("mobilenet_v2", 10)
+    assert number_of_parameters("mobilenet_v2_small", 10) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "count"), [("resnet20", 3, 269_722), ("resnet56", 9, 853_018)]
+)
+def test_number_of_parameters_of_resnets_for_small_images(name, n, count):
+    """6n + 2 layers, no parameters in shortcuts (section 4.2): counted layer by layer."""
+    widths = [3, *[16] * (2 * n + 1), *[32] * (2 * n), *[64] * (2 * n)]
+    convolutions = sum(9 * i * o for i, o in itertools.pairwise(widths))
+    norms = 2 * sum(widths[1:])
+
+    assert convolutions + norms + 64 * 10 + 10 == count
+    assert number_of_parameters(name, 10) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "count"), [("densenet_bc40", 40, 176_122), ("densenet_bc", 100, 769_162)]
+)
+def test_number_of_parameters_of_densenets_for_small_images(name, depth, count):
+    """Growth rate 12, published as 0.18 and 0.8 million: counted layer by layer."""
+    growth_rate, channels = 12, 24
+    expected = 9 * 3 * channels
+    for block in range(3):
+        if block > 0:
+            expected += 2 * channels + channels * (channels // 2)
+            channels //= 2
+        for _ in range((depth - 4) // 6):
+            bottleneck = 4 * growth_rate
+            expected += 2 * channels + channels * bottleneck
+            expected += 2 * bottleneck + 9 * bottleneck * growth_rate
+            channels += growth_rate
+    expected += 2 * channels + channels * 10 + 10
+
+    assert expected == count
+    assert number_of_parameters(name, 10) == count
+
+
 def test_densenet_bc_for_small_images():
     """Depth 100 and growth rate 12: 0.8 million parameters (table 2 of the paper)."""
     small = densenet.DenseNet(block_sizes=(16, 16, 16), num_classes=10, growth_rate=12)
@@ -142,3 +199,295 @@ def test_computes_in_bfloat16_with_float32_parameters(name):
     assert {leaf.dtype for leaf in jax.tree.leaves(state["intermediates"])} == {
         jnp.dtype(jnp.bfloat16)
     }
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_any_size_of_image_will_do(name):
+    model = make_model(name, num_classes=10)
+    init = functools.partial(model.init_with_output, train=True)
+    logits, _ = jax.eval_shape(init, jax.random.key(0), jnp.zeros((2, 45, 70, 3)))
+    assert logits.shape == (2, 10)
+
+
+def test_mobilenet_for_small_images_keeps_a_feature_map():
+    model = make_model("mobilenet_v2_small", num_classes=10)
+
+    def run(images):
+        variables = model.init(jax.random.key(0), images, train=False)
+        return model.apply(variables, images, train=False, capture_intermediates=True)[1]
+
+    state = jax.eval_shape(run, jnp.zeros((1, 32, 32, 3)))
+    assert state["intermediates"]["head_conv"]["__call__"][0].shape[1:3] == (4, 4)
+
+
+def test_unknown_models_are_refused():
+    with pytest.raises(ValueError, match=r"--model is 'resnet9', .* resnet8, .*mobilenet_v2_small"):
+        make_model("resnet9", num_classes=10)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        (
+            "resnet50",
+            {"dropout_rate": 0.1},
+            r"--dropout-rate is 0.1, but resnet50 has no place for it: .* densenet_bc40, ",
+        ),
+        (
+            "densenet121",
+            {"zero_init_residual": True},
+            r"--zero-init-residual is True, but densenet121 .* resnet8, .*mobilenet_v2_small\.$",
+        ),
+        (
+            "mobilenet_v1",
+            {"zero_init_residual": True},
+            r"--zero-init-residual .* mobilenet_v1 .*, mobilenet_v2, mobilenet_v2_small\.$",
+        ),
+    ],
+)
+def test_options_that_a_model_has_no_place_for_are_refused(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_model(name, num_classes=10, **options)
+
+
+def test_options_reach_the_model():
+    model = make_model(
+        "mobilenet_v2",
+        num_classes=7,
+        norm_momentum=0.8,
+        axis_name="devices",
+        axis_index_groups=GROUPS,
+        dtype=jnp.bfloat16,
+        dropout_rate=0.3,
+        zero_init_residual=True,
+    )
+    assert model == mobilenet_v2.MobileNetV2(
+        num_classes=7,
+        norm_momentum=0.8,
+        axis_name="devices",
+        axis_index_groups=GROUPS,
+        dtype=jnp.bfloat16,
+        dropout_rate=0.3,
+        zero_init_residual=True,
+    )
+
+
+def make_variables(model, images):
+    """Variables as initialised, but kernels from NumPy: JAX's take long to compile."""
+
+    def init(key, without_kernels):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: None if without_kernels and path[-1].key == "kernel" else leaf,
+            model.init(key, images, train=False),
+        )
+
+    key, rng = jax.random.key(0), np.random.default_rng(0)
+    shapes = jax.eval_shape(functools.partial(init, without_kernels=False), key)
+    others = jax.jit(functools.partial(init, without_kernels=True))(key)
+    return jax.tree.map(
+        lambda shape, leaf: (
+            rng.normal(0, np.prod(shape.shape[:-1]) ** -0.5, shape.shape).astype(np.float32)
+            if leaf is None
+            else leaf
+        ),
+        shapes,
+        others,
+    )
+
+
+def test_shortcuts_without_parameters_subsample_and_fill_up_with_zeros():
+    block = resnet.BasicBlock(
+        filters=6,
+        stride=2,
+        norm=functools.partial(
+            nn.BatchNorm, use_running_average=True, scale_init=nn.initializers.zeros
+        ),
+        projection=False,
+    )
+    x = jax.random.uniform(jax.random.key(0), (2, 5, 4, 3))
+
+    y, _ = jax.jit(block.init_with_output)(jax.random.key(1), x)
+
+    np.testing.assert_array_equal(y[..., :3], x[:, ::2, ::2])
+    np.testing.assert_array_equal(y[..., 3:], 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "last_norm"),
+    [
+        ("resnet8", "norm2"),
+        ("resnet20", "norm2"),
+        ("resnet50", "norm3"),
+        ("mobilenet_v2", "project_norm"),
+    ],
+)
+def test_scales_that_start_at_zero(name, last_norm):
+    def scales_of_zero(**options):
+        model = make_model(name, num_classes=10, **options)
+        params = make_variables(model, jnp.zeros((1, 32, 32, 3)))["params"]
+        blocks = {block for block in params if "_block" in block}
+        return blocks, {
+            tuple(key.key for key in path[:-1])
+            for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+            if path[-1].key == "scale" and not leaf.any()
+        }
+
+    blocks, found = scales_of_zero(zero_init_residual=True)
+    if name == "mobilenet_v2":
+        # The first block of a stage changes the shape, and has no shortcut.
+        blocks = {block for block in blocks if not block.endswith("_block1")}
+    assert found == {(block, last_norm) for block in blocks}
+    assert not scales_of_zero()[1]
+
+
+# The families with fewer layers than any of `MODELS`, for they take long to compile.
+SHALLOW = {
+    "resnet": functools.partial(resnet.ResNet, stage_sizes=(2, 2), width=4),
+    "resnet without projections": functools.partial(
+        resnet.ResNet,
+        stage_sizes=(2, 2),
+        width=4,
+        block=functools.partial(resnet.BasicBlock, projection=False),
+    ),
+    "bottleneck": functools.partial(
+        resnet.ResNet, stage_sizes=(2, 2), width=4, block=resnet.Bottleneck
+    ),
+    "densenet": functools.partial(
+        densenet.DenseNet, block_sizes=(2, 1), growth_rate=8, large_images=True
+    ),
+    "mobilenet_v1": mobilenet_v1.MobileNetV1,
+    "mobilenet_v2": mobilenet_v2.MobileNetV2,
+}
+
+
+@pytest.fixture
+def make_shallow(monkeypatch):
+    monkeypatch.setattr(mobilenet_v1, "_BLOCKS", ((8, 1), (64, 2)))
+    monkeypatch.setattr(mobilenet_v2, "_STAGES", ((1, 8, 1, 1), (6, 12, 2, 2)))
+    return lambda name, **options: SHALLOW[name](num_classes=10, **options)
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet", "resnet without projections", "bottleneck", "mobilenet_v2"]
+)
+def test_residual_blocks_start_as_their_shortcut(make_shallow, name):
+    images = jax.random.normal(jax.random.key(1), (4, 16, 16, 3))
+
+    @jax.jit
+    def run(variables):
+        _, state = make_shallow(name).apply(
+            variables,
+            images,
+            train=True,
+            capture_intermediates=lambda module, _: "_block" in (module.name or ""),
+            mutable=["batch_stats", "intermediates"],
+        )
+        return {block: outputs["__call__"][0] for block, outputs in state["intermediates"].items()}
+
+    outputs = run(make_variables(make_shallow(name, zero_init_residual=True), images))
+    usual = run(make_variables(make_shallow(name), images))
+
+    for block in outputs:
+        before, is_second, _ = block.partition("_block2")
+        if is_second:
+            np.testing.assert_array_equal(outputs[block], outputs[before + "_block1"])
+            assert not np.array_equal(usual[block], usual[before + "_block1"])
+
+
+@pytest.mark.parametrize(
+    ("name", "places"),
+    [
+        # After each convolution but the first.
+        (
+            "densenet",
+            {
+                *itertools.product(
+                    ("block1_layer1", "block1_layer2", "block2_layer1"), ("Dropout_0", "Dropout_1")
+                ),
+                ("transition1", "Dropout_0"),
+            },
+        ),
+        # Before the classifier.
+        ("mobilenet_v1", {("Dropout_0",)}),
+        ("mobilenet_v2", {("Dropout_0",)}),
+    ],
+)
+def test_dropout_is_for_training(make_shallow, name, places):
+    images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
+    model, without = make_shallow(name, dropout_rate=0.2), make_shallow(name)
+    variables = make_variables(model, images)
+
+    @functools.partial(jax.jit, static_argnames=("model", "train"))
+    def run(model, rngs, train):
+        logits, state = model.apply(
+            variables,
+            images,
+            train=train,
+            capture_intermediates=lambda module, _: isinstance(module, nn.Dropout),
+            mutable=["batch_stats", "intermediates"],
+            rngs=rngs,
+        )
+        return logits, state["intermediates"]
+
+    first, second = ({"dropout": key} for key in jax.random.split(jax.random.key(2)))
+    logits, outputs = run(model, first, True)
+
+    np.testing.assert_array_equal(run(model, first, True)[0], logits)
+    assert not np.any(run(model, second, True)[0] == logits)
+    np.testing.assert_array_equal(run(model, {}, False)[0], run(without, {}, False)[0])
+    jax.eval_shape(functools.partial(run, without, train=True), {})  # needs no key
+    dropped = {
+        tuple(key.key for key in path[:-2]): np.mean(leaf == 0)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(outputs)
+    }
+    assert set(dropped) == places
+    np.testing.assert_allclose(list(dropped.values()), 0.2, atol=0.1)
+
+
+def test_batchnorm_over_groups_of_devices():
+    """Two groups of four devices are two batches on one device each."""
+    make = functools.partial(resnet.ResNet, stage_sizes=(1,), num_classes=10, width=4)
+    grouped, alone = make(axis_name="devices", axis_index_groups=GROUPS), make()
+    images = jax.random.normal(jax.random.key(1), (2, 4, 3, 8, 8, 3))  # group, device, example
+    images += jnp.arange(2).reshape(2, 1, 1, 1, 1, 1)
+    variables = make_variables(alone, images[0, 0])
+
+    def run(model, images):
+        return model.apply(variables, images, train=True, mutable=["batch_stats"])
+
+    mapped = jax.pmap(functools.partial(run, grouped), axis_name="devices")
+    together = jax.jit(functools.partial(run, alone))
+    logits, updated = mapped(images.reshape(8, 3, 8, 8, 3))
+
+    for group, devices in enumerate(GROUPS):
+        expected_logits, expected = together(images[group].reshape(12, 8, 8, 3))
+        of_group = logits[np.array(devices)].reshape(12, 10)
+        np.testing.assert_allclose(of_group, expected_logits, atol=2e-5)
+        for device in devices:
+            jax.tree.map(
+                lambda got, wanted, i=device: np.testing.assert_allclose(got[i], wanted, atol=1e-5),
+                updated,
+                expected,
+            )
+
+
+# The networks that differ from these in sizes alone are left out.
+@pytest.mark.parametrize(
+    "name", ["resnet20", "resnet18", "resnet50", "densenet_bc40", "mobilenet_v1", "mobilenet_v2"]
+)
+def test_all_normalisations_take_their_statistics_over_the_groups(name):
+    model = make_model(name, num_classes=10, axis_name="devices", axis_index_groups=GROUPS)
+    images = jnp.zeros((2, 32, 32, 3))
+    variables = jax.eval_shape(
+        functools.partial(model.init, train=False), jax.random.key(0), images
+    )
+
+    def run(variables, images):
+        return model.apply(variables, images, train=True, mutable=["batch_stats"])
+
+    jaxpr = jax.make_jaxpr(run, axis_env=[("devices", 8)])(variables, images)
+    sums = [equation.params for equation in jaxpr.eqns if equation.primitive.name == "psum"]
+
+    assert sums == [{"axes": ("devices",), "axis_index_groups": GROUPS}] * len(sums)
+    # Each has a mean and a variance, and sums both at once.
+    assert len(sums) == len(jax.tree.leaves(variables["batch_stats"])) // 2

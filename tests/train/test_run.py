@@ -23,6 +23,12 @@ WEIGHTS = {
 }
 
 
+SHORT = (
+    *("--epochs", 2, "--batch-size", 960, "--group-size", 4, "--num-norm-examples", 64),
+    *("--optimizer", "clars", "--seed", 3),
+)
+
+
 def train(*options):
     command = [sys.executable, "-W", "error", "-m", "train", *map(str, options)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
@@ -31,10 +37,7 @@ def train(*options):
 @pytest.fixture(scope="module")
 def short_run(tmp_path_factory, data_dir):
     workdir = tmp_path_factory.mktemp("runs") / "short"
-    done = train(
-        *("--epochs", 2, "--batch-size", 960, "--group-size", 4, "--num-norm-examples", 64),
-        *("--optimizer", "clars", "--seed", 3, "--workdir", workdir, "--data-dir", data_dir),
-    )
+    done = train(*SHORT, "--workdir", workdir, "--data-dir", data_dir)
     assert done.returncode == 0, done.stderr
     return workdir, done
 
@@ -59,7 +62,7 @@ def test_configuration_is_recorded(short_run):
     assert record["group_size"] == 4
     assert record["num_norm_examples"] == 64
     assert record["seed"] == 3
-    assert record["learning_rate"] == CONFIGS["digits"].tuned_learning_rates["clars"]
+    assert record["learning_rate"] == CONFIGS["digits"].learning_rates["clars"]
     assert record["peak_learning_rate"] == record["learning_rate"] * 960 / 256
     assert len(record["devices"]) == 8
     assert {"jax", "flax", "optax"} <= set(record["versions"])
@@ -99,17 +102,49 @@ def test_checkpoint_is_that_of_the_last_step(short_run):
         assert checkpoints.latest_step() == 3
 
 
-def test_used_run_folder_is_refused(short_run, data_dir):
-    before = lines_of(short_run[0])
+def refusal(workdir, data_dir, *options):
+    before = lines_of(workdir)
+    done = train("--workdir", workdir, "--data-dir", data_dir, *options)
+    assert done.returncode == 2
+    assert lines_of(workdir) == before
+    return done.stderr
 
-    done = train("--workdir", short_run[0], "--data-dir", data_dir)
+
+def test_run_folder_of_another_run_is_refused(short_run, data_dir):
+    assert refusal(short_run[0], data_dir, "--epochs", 2) == (
+        f"python -m train: --workdir is {short_run[0]}, which holds a run with --batch-size 960, "
+        "but now it is 720: name a new folder, or let the run go on with the options that it began "
+        "with.\n"
+    )
+
+
+def test_used_run_folder_is_refused_where_no_run_shall_go_on(short_run, data_dir):
+    assert refusal(short_run[0], data_dir, "--resume", "never") == (
+        f"python -m train: --workdir is {short_run[0]}, but that folder is not empty: name a new "
+        "one, remove it, or let the run in it go on with --resume auto.\n"
+    )
+
+
+def test_folder_that_holds_something_else_is_refused(tmp_path, data_dir):
+    (tmp_path / "thesis.tex").touch()
+
+    done = train("--workdir", tmp_path, "--data-dir", data_dir)
 
     assert done.returncode == 2
-    assert done.stderr == (
-        f"python -m train: --workdir is {short_run[0]}, but that folder is not empty: name a new "
-        "one, or remove it.\n"
-    )
-    assert lines_of(short_run[0]) == before
+    assert "holds no config.json of a run" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_run_that_is_at_its_end_stays_as_it_is(short_run, data_dir):
+    workdir, first = short_run
+    before = lines_of(workdir)
+
+    done = train(*SHORT, "--workdir", workdir, "--data-dir", data_dir)
+
+    assert done.returncode == 0, done.stderr
+    assert "going on from step 3" in done.stdout
+    assert done.stdout.splitlines()[-2:] == first.stdout.splitlines()[-2:]
+    assert lines_of(workdir) == before
 
 
 def test_first_run_finds_97_percent(tmp_path, data_dir):

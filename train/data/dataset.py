@@ -5,29 +5,39 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 Example = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A labelled image data set that `tensorflow-datasets` reads.
+    """A labelled image data set.
 
     Attributes:
-        num_train: examples of the split "train".
-        num_test: examples of the split "test".
         num_classes: number of labels, which run from 0.
-        image_shape: height, width and channels of an image.
+        image_size: height and width of what goes into the network, where nothing else is asked for.
+        channels: 1 for grey, 3 for colours.
         mean: mean of the training pixels, per channel, in the units of the stored integers.
         std: their standard deviation.
         load: takes the data folder (None: the default of `tensorflow-datasets`) and the split's
-            name, prepares the data set where it is not there yet, and returns the examples, each
-            with an "image" and a "label".
+            name, "train" or "test", and returns the examples by index, each with an "image" and a
+            "label". A data set that comes with a package is prepared where it is not there yet;
+            for any other a FileNotFoundError says what was expected where.
+        augment: takes an example, the size and a random generator, and returns an image to train
+            on, uint8 [size, size, channels]. It depends on nothing else, and runs in many threads.
+        crop: takes an example and the size, and returns the image to test on, of the same kind.
     """
 
-    num_train: int
-    num_test: int
     num_classes: int
-    image_shape: tuple[int, int, int]
+    image_size: int
+    channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     load: Callable[[Path | None, str], Sequence[Example]]
+    augment: Callable[[Example, int, np.random.Generator], np.ndarray]
+    crop: Callable[[Example, int], np.ndarray]
+
+    def image_shape(self, size: int) -> tuple[int, int, int]:
+        """Returns height, width and channels of an image of the given size."""
+        return (size, size, self.channels)

@@ -14,7 +14,10 @@ import sklearn.datasets
 import sklearn.model_selection
 import tensorflow_datasets as tfds
 
+from train.data import images
 from train.data.dataset import Dataset, Example
+
+NUM_TEST = 360
 
 
 class SklearnDigits(tfds.core.GeneratorBasedBuilder):
@@ -41,7 +44,7 @@ class SklearnDigits(tfds.core.GeneratorBasedBuilder):
         del dl_manager
         labels = sklearn.datasets.load_digits().target
         train, test = sklearn.model_selection.train_test_split(
-            np.arange(len(labels)), test_size=DATASET.num_test, stratify=labels, random_state=0
+            np.arange(len(labels)), test_size=NUM_TEST, stratify=labels, random_state=0
         )
         return {"train": self._generate_examples(train), "test": self._generate_examples(test)}
 
@@ -74,12 +77,24 @@ def load(data_dir: Path | None, split: str) -> Sequence[Example]:
     return builder.as_data_source(split=split)
 
 
+def crop(example: Example, size: int) -> np.ndarray:
+    """Returns the image."""
+    return images.resize(example["image"], size, size)
+
+
+def augment(example: Example, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Returns the image: a digit that is flipped is another one, and 8 pixels leave no margin."""
+    del rng
+    return crop(example, size)
+
+
 DATASET = Dataset(
-    num_train=1437,
-    num_test=360,
     num_classes=10,
-    image_shape=(8, 8, 1),
+    image_size=8,
+    channels=1,
     mean=(4.886,),
     std=(6.018,),
     load=load,
+    augment=augment,
+    crop=crop,
 )

@@ -1,0 +1,44 @@
+"""The networks for ImageNet, from photos on disk to accuracy on eight devices, with a kill between."""
+
+import pytest
+
+from tests.train import tiny_imagenet
+from tests.train.commands import finish, kill_when, lines_of, start
+from train.run_folder import CHECKPOINTS
+
+# Ten steps, with a checkpoint after every fourth, for 64 photos.
+OPTIONS = (
+    *("--image-size", 64, "--batch-size", 16, "--epochs", 2.5, "--bn-group", 4),
+    *("--dtype", "float32"),
+)
+
+
+@pytest.fixture(scope="module")
+def imagenet_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("imagenet")
+    tiny_imagenet.write(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["resnet50", "densenet121", "mobilenetv2"])
+def test_ten_steps_with_a_kill_between(name, imagenet_dir, tmp_path):
+    def run():
+        return start(
+            *(f"imagenet-{name}", *OPTIONS, "--data-dir", imagenet_dir, "--workdir", tmp_path),
+            # What the first part compiled serves the second.
+            JAX_COMPILATION_CACHE_DIR=str(imagenet_dir / "compiled"),
+        )
+
+    kill_when(lambda: (tmp_path / CHECKPOINTS / "4").exists(), run())
+    (output,) = finish(run())
+
+    assert "going on from step 4" in output
+    assert "step 10/10" in output
+    assert "of 24 examples" in output
+    lines = lines_of(tmp_path)
+    assert [line["step"] for line in lines if "train_loss" in line] == list(range(1, 11))
+    assert [line["step"] for line in lines if "test_loss" in line] == [4, 8, 10]
+    for line in lines:
+        # One of a thousand classes, or of eight: no step has gone astray.
+        assert 0 < line.get("train_loss", 7.0) < 12
+        assert all(0 < ratio <= 0.1 for ratio in line.get("trust_ratio", {}).values())

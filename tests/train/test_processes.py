@@ -1,0 +1,74 @@
+"""Several processes train as one does; each is a real one, with CPU devices of its own."""
+
+import socket
+
+import numpy as np
+import pytest
+
+from tests.train.commands import finish, numbers_of, start
+from train import checkpoint
+from train.run_folder import CHECKPOINTS
+
+OPTIONS = (
+    *("digits", "--batch-size", "240", "--epochs", "1", "--microbatch-size", "30"),
+    *("--transfer-size", "120", "--bn-group", "2", "--seed", "1"),
+)
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory, data_dir):
+    """Two processes of two devices."""
+    workdir, port = tmp_path_factory.mktemp("together"), free_port()
+    common = (
+        *OPTIONS,
+        *("--workdir", workdir, "--data-dir", data_dir),
+        *("--coordinator", f"127.0.0.1:{port}", "--num-processes", 2, "--process-id"),
+    )
+    return workdir, finish(*(start(*common, index, num_devices=2) for index in (0, 1)))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, data_dir):
+    """One process of four devices."""
+    workdir = tmp_path_factory.mktemp("alone")
+    finish(start(*OPTIONS, "--workdir", workdir, "--data-dir", data_dir, num_devices=4))
+    return workdir
+
+
+def test_two_processes_of_two_devices_equal_one_of_four(together, alone):
+    found, expected = numbers_of(together[0]), numbers_of(alone)
+
+    assert len(found) == 7  # Six steps and an evaluation.
+    for line, expected_line in zip(found, expected, strict=True):
+        assert line.keys() == expected_line.keys()
+        for name, value in line.items():
+            if isinstance(value, dict):
+                assert value == pytest.approx(expected_line[name], rel=1e-4)
+            else:
+                assert value == pytest.approx(expected_line[name], rel=1e-5)
+
+
+def test_only_the_first_process_speaks(together):
+    first, second = together[1]
+
+    assert "step 6/6" in first
+    assert "4 x cpu" in first
+    assert second == ""
+
+
+def test_checkpoint_of_two_processes_is_read_by_one(together, alone):
+    with checkpoint.open_folder(together[0] / CHECKPOINTS) as checkpoints:
+        assert checkpoints.latest_step() == 6
+        found = checkpoints.restore(6)["state"]["params"]
+    with checkpoint.open_folder(alone / CHECKPOINTS) as checkpoints:
+        expected = checkpoints.restore(6)["state"]["params"]
+
+    np.testing.assert_allclose(
+        found["head"]["kernel"], expected["head"]["kernel"], rtol=1e-4, atol=1e-6
+    )

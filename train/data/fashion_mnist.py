@@ -1,0 +1,141 @@
+"""Fashion-MNIST: 60,000 + 10,000 grey images of clothes, 28x28 pixels, 10 classes.
+
+It is small enough to be held in memory as it is.
+
+References:
+    Xiao, Rasul, Vollgraf, "Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning
+    Algorithms", arXiv 1708.07747 (2017).
+"""
+
+import gzip
+from collections.abc import Sequence
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+
+from train.data import images, prepared
+from train.data.dataset import Dataset, Example
+
+# Where Debian's package dataset-fashion-mnist puts the authors' files.
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+FILES = {
+    "train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
+    "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
+}
+
+
+class Arrays(Sequence[Example]):
+    """Examples that lie in memory.
+
+    Attributes:
+        images: uint8 [N, height, width, channels].
+        labels: integers [N].
+    """
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
+        self.images = images
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Arrays": ...
+    def __getitem__(self, index: int | slice) -> "Example | Arrays":
+        if isinstance(index, slice):
+            return Arrays(self.images[index], self.labels[index])
+        return {"image": self.images[index], "label": self.labels[index]}
+
+
+def load(data_dir: Path | None, split: str) -> Arrays:
+    """Reads a split into memory.
+
+    It is taken from where it is found first: `fashion_mnist` of `tensorflow-datasets` in the data
+    folder, prepared in ArrayRecord files; the authors' files in the data folder's fashion-mnist;
+    those of Debian's package.
+
+    Args:
+        data_dir: the folder of `tensorflow-datasets`; None for its default.
+        split: "train" or "test".
+
+    Raises:
+        FileNotFoundError: if it is in none of these places.
+        ValueError: if a file is not what its name says.
+    """
+    builder = prepared.find("fashion_mnist", "3.*.*", data_dir)
+    if builder is not None:
+        examples = list(builder.as_data_source(split))
+        return Arrays(
+            np.stack([example["image"] for example in examples]),
+            np.array([example["label"] for example in examples]),
+        )
+    own_folder = prepared.folder(data_dir) / "fashion-mnist"
+    for folder in (own_folder, DEBIAN_FOLDER):
+        image_file, label_file = (folder / name for name in FILES[split])
+        if image_file.is_file() and label_file.is_file():
+            return _read(image_file, label_file)
+    raise FileNotFoundError(
+        f"Fashion-MNIST is neither in {DEBIAN_FOLDER} nor in {own_folder}: "
+        f"expected are {' and '.join(FILES[split])}. Install them with `apt-get install "
+        "dataset-fashion-mnist`, or download them from "
+        "https://github.com/zalandoresearch/fashion-mnist into the latter folder; --data-dir names "
+        "the one above it."
+    )
+
+
+def augment(example: Example, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Returns the image moved by up to four pixels, flipped or not."""
+    image = images.random_flip(images.random_shift(example["image"], 4, rng), rng)
+    return images.resize(image, size, size)
+
+
+def crop(example: Example, size: int) -> np.ndarray:
+    """Returns the image."""
+    return images.resize(example["image"], size, size)
+
+
+def _read(image_file: Path, label_file: Path) -> Arrays:
+    pixels = _read_idx(image_file, num_axes=3)
+    labels = _read_idx(label_file, num_axes=1)
+    if len(pixels) != len(labels):
+        raise ValueError(
+            f"{image_file} holds {len(pixels)} images, but {label_file} {len(labels)} labels, "
+            "where one for each image was expected: download both again."
+        )
+    return Arrays(pixels[..., np.newaxis], labels)
+
+
+def _read_idx(file: Path, num_axes: int) -> np.ndarray:
+    """Reads an array of bytes, which follows a magic number and its sizes, all big-endian."""
+    try:
+        content = gzip.decompress(file.read_bytes())
+    except (OSError, EOFError) as error:
+        raise ValueError(
+            f"{file} is no whole gzip file ({error}), which was expected: download it again."
+        ) from error
+    header = np.frombuffer(content, ">u4", count=min(1 + num_axes, len(content) // 4))
+    size = len(content) - header.nbytes
+    # The third byte says that the values are bytes, the fourth how many axes there are.
+    if len(header) <= num_axes or header[0] != 0x800 + num_axes or header[1:].prod() != size:
+        raise ValueError(
+            f"{file} begins with {header.tolist()}, and {size} bytes follow, where the magic "
+            f"number {0x800 + num_axes}, {num_axes} sizes and their product in bytes were "
+            "expected: download it again."
+        )
+    return np.frombuffer(content, np.uint8, offset=header.nbytes).reshape(header[1:])
+
+
+DATASET = Dataset(
+    num_classes=10,
+    image_size=28,
+    channels=1,
+    # As published for the images scaled to 0..1: 0.2860 and 0.3530.
+    mean=(72.94,),
+    std=(90.02,),
+    load=load,
+    augment=augment,
+    crop=crop,
+)
