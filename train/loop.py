@@ -119,14 +119,14 @@ def prepare(config: Config) -> Prepared:
 def train(prepared: Prepared) -> Result:
     """Trains to the end, from the start or from the last checkpoint in the run folder."""
     config, num_steps = prepared.config, prepared.num_steps
-    devices = jax.local_devices()
+    devices = jax.devices()
     is_first = jax.process_index() == 0
     # The others know the same numbers, and would write over one another.
     console = Console(soft_wrap=True, highlight=False, quiet=not is_first)
     console.print(
         f"{config.model} with {config.optimizer} on {config.dataset}: "
         f"{num_steps} steps of {config.batch_size} examples, "
-        f"{jax.device_count()} x {devices[0].device_kind}"
+        f"{len(devices)} x {devices[0].device_kind}"
     )
     model = make_network(prepared)
     layers = _weights_by_depth(model, prepared)
@@ -263,7 +263,7 @@ def make_training(
     Args:
         prepared: the run.
         model: its network, from `make_network`.
-        devices: the devices of this process.
+        devices: those of all processes.
     """
     config, num_train = prepared.config, len(prepared.train_examples)
     schedule = make_schedule(

@@ -90,7 +90,7 @@ def init_state(
         image_shape: height, width and channels of an image.
         transformation: the optimizer.
         seed: the same seed gives the same parameters.
-        devices: the devices of this process.
+        devices: those of all processes.
         ema_decay: decay rate of the moving average of the weights; None for no average.
     """
     images = jnp.zeros((1, *image_shape))
@@ -111,7 +111,7 @@ def init_state(
 
 
 def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
-    """Copies arrays to every device, laid out as a step returns them.
+    """Copies arrays to every device of this process, laid out as a step returns them.
 
     From any other layout the second step would compile again.
     """
@@ -300,7 +300,7 @@ class TrainStep:
 
     Args:
         body: what a device does.
-        devices: the devices of this process; those of all processes take part.
+        devices: those of all processes.
     """
 
     def __init__(self, body: TrainBody, devices: Sequence[jax.Device]) -> None:
@@ -325,7 +325,7 @@ class TrainStep:
         """Makes sums of nothing, for every device."""
 
         def zeros(shape: tuple[int, ...] = ()) -> jax.Array:
-            return jnp.zeros((len(self._devices), *shape), jnp.float32)
+            return jnp.zeros((len(_local(self._devices)), *shape), jnp.float32)
 
         of_leaves = jax.tree.map(lambda _: zeros(), state.params)
         return Sums(
@@ -383,20 +383,34 @@ class TrainStep:
 
 
 def pmap_eval_step(body: EvalStep, devices: Sequence[jax.Device]) -> EvalStep:
-    """Maps an evaluation body over the devices."""
+    """Maps an evaluation body over the devices, those of all processes."""
     return jax.pmap(body, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=devices)
 
 
 def shard(batch: Batch, devices: Sequence[jax.Device]) -> Batch:
-    """Cuts a batch into one share per device, on a new leading axis, and sends each on its way."""
-    shares = jax.tree.map(lambda x: np.reshape(x, (len(devices), -1, *np.shape(x)[1:])), batch)
+    """Cuts this process's part of a batch into one share per device, and sends each on its way.
+
+    Args:
+        batch: arrays with the examples along axis 0.
+        devices: those of all processes.
+
+    Returns:
+        The shares along a new leading axis.
+    """
+    num_shares = len(_local(devices))
+    shares = jax.tree.map(lambda x: np.reshape(x, (num_shares, -1, *np.shape(x)[1:])), batch)
     return jax.device_put(shares, _sharding(devices, jax.sharding.PartitionSpec(AXIS)))
+
+
+def _local(devices: Sequence[jax.Device]) -> list[jax.Device]:
+    """Picks the devices of this process."""
+    return [device for device in devices if device.process_index == jax.process_index()]
 
 
 def _sharding(
     devices: Sequence[jax.Device], spec: jax.sharding.PartitionSpec
 ) -> jax.sharding.NamedSharding:
-    return jax.sharding.NamedSharding(jax.sharding.Mesh(devices, (AXIS,)), spec)
+    return jax.sharding.NamedSharding(jax.sharding.Mesh(_local(devices), (AXIS,)), spec)
 
 
 def _normalise(images: jax.Array, dataset: Dataset) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The networks for ImageNet, from photos on disk to accuracy on eight devices, with a kill between."""
+"""The networks for ImageNet on eight devices: from photos on disk to accuracy, with a kill."""
 
 import pytest
 

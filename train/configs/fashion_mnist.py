@@ -1,6 +1,6 @@
 """ResNet-20 on Fashion-MNIST, with CLARS and no warm-up, at a fifteenth of the data set per step.
 
-python -m train fashion-mnist
+XLA_FLAGS=--xla_force_host_platform_device_count=2 python -m train fashion-mnist
 """
 
 from train.config import Config
@@ -10,10 +10,13 @@ CONFIG = Config(
     dataset="fashion-mnist",
     model="resnet20",
     optimizer="clars",
-    learning_rates={"clars": 2.0},
+    learning_rates={"clars": 0.1},
+    trust_coefficient=0.05,
+    max_trust_ratio=0.5,
     batch_size=4096,
+    microbatch_size=256,
     transfer_size=512,
-    epochs=10,
+    bn_group=1,
+    epochs=15,
     weight_decay=1e-4,
-    norm_momentum=0.5,
 )
