@@ -7,17 +7,15 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from benchmarks.report import machine
+from train.build import image_shape_of, network_of, training_of
 from train.config import Config
 from train.configs import CONFIGS
-from train.data import DATASETS
-from train.loop import Prepared, make_network, make_training
 from train.validation import validate
 
 # Photos in ImageNet's training split, on which the length of the schedule depends.
@@ -55,15 +53,10 @@ def plans_of(config: Config) -> tuple[int, dict[str, Plan]]:
     """
     devices = jax.local_devices()[:1]
     validate(config, len(devices))
-    dataset = DATASETS[config.dataset]
-    # Of the data only their number counts.
-    examples: Any = range(NUM_TRAIN)
-    prepared = Prepared(config, dataset, examples, examples, Path())
-    state, step = make_training(prepared, make_network(prepared), devices)
+    state, step = training_of(config, network_of(config, 1), NUM_TRAIN, devices)
     size = config.transfer_size or config.batch_size
-    shape = dataset.image_shape(prepared.image_size)
     piece = {
-        "image": jax.ShapeDtypeStruct((1, size, *shape), jnp.uint8),
+        "image": jax.ShapeDtypeStruct((1, size, *image_shape_of(config)), jnp.uint8),
         "label": jax.ShapeDtypeStruct((1, size), jnp.int32),
     }
     plans = {}

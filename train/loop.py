@@ -1,5 +1,6 @@
 """A whole run: data, training, evaluation, and what is left of it in the run folder."""
 
+import collections
 import dataclasses
 import itertools
 import time
@@ -15,29 +16,17 @@ from rich.console import Console
 
 import clars_optax
 from train import checkpoint, metrics
+from train.body import Batch, make_eval_body
+from train.build import accumulation_of, image_shape_of, network_of, training_of
 from train.config import Config
 from train.data import DATASETS, Dataset
 from train.data.dataset import Example
 from train.data.pipeline import eval_batches, train_batches
-from train.models import make_model
-from train.optimizers import make_optimizer
 from train.plots import plot_curves
 from train.progress import TrainingProgress
 from train.run_folder import CHECKPOINTS, open_run_folder
-from train.schedules import make_schedule
 from train.state import TrainState
-from train.step import (
-    AXIS,
-    Accumulation,
-    Batch,
-    TrainBody,
-    TrainStep,
-    init_state,
-    make_eval_body,
-    pmap_eval_step,
-    replicate,
-    shard,
-)
+from train.step import AXIS, pmap_eval_step, replicate, shard
 from train.validation import validate, validate_with_data
 
 
@@ -63,11 +52,6 @@ class Prepared:
     def num_steps(self) -> int:
         """Steps of the run."""
         return self.config.num_steps(len(self.train_examples))
-
-    @property
-    def image_size(self) -> int:
-        """Height and width of what the network sees."""
-        return self.config.image_size or self.dataset.image_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,9 +112,9 @@ def train(prepared: Prepared) -> Result:
         f"{num_steps} steps of {config.batch_size} examples, "
         f"{len(devices)} x {devices[0].device_kind}"
     )
-    model = make_network(prepared)
-    layers = _weights_by_depth(model, prepared)
-    state, train_step = make_training(prepared, model, devices)
+    network = network_of(config, len(devices))
+    layers = _weights_by_depth(network, image_shape_of(config))
+    state, train_step = training_of(config, network, len(prepared.train_examples), devices)
     evaluate = _make_evaluation(prepared, devices)
     epochs_per_step = config.batch_size / len(prepared.train_examples)
 
@@ -181,21 +165,19 @@ class _PiecesOnDevices:
     def __init__(self, batches: Iterator[Batch], devices: Sequence[jax.Device]) -> None:
         self._batches = batches
         self._devices = devices
-        self._next: Batch | None = None
+        self._ahead: collections.deque[Batch] = collections.deque()
         self._seconds = 0.0
         self.prefetch()
 
     def take(self) -> Batch:
-        if self._next is None:
-            raise StopIteration
-        piece, self._next = self._next, None
-        return piece
+        return self._ahead.popleft()
 
     def prefetch(self) -> None:
         started = time.perf_counter()
         batch = next(self._batches, None)
         self._seconds += time.perf_counter() - started
-        self._next = None if batch is None else shard(batch, self._devices)
+        if batch is not None:
+            self._ahead.append(shard(batch, self._devices))
 
     def waited(self) -> float:
         """Returns the seconds since the last call in which there was no batch to send."""
@@ -206,12 +188,12 @@ class _PiecesOnDevices:
 def _pieces(prepared: Prepared, done: int) -> Iterator[Batch]:
     """Returns this process's shares of the pieces from the first step to do to the last one."""
     config = prepared.config
-    per_step = _accumulation(config).pieces
+    per_step = accumulation_of(config, jax.device_count()).pieces
     batches = train_batches(
         prepared.dataset,
         prepared.train_examples,
         batch_size=config.transfer_size or config.batch_size,
-        image_size=prepared.image_size,
+        image_size=image_shape_of(prepared.config)[0],
         seed=config.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
@@ -220,102 +202,12 @@ def _pieces(prepared: Prepared, done: int) -> Iterator[Batch]:
     return itertools.islice(batches, (prepared.num_steps - done) * per_step)
 
 
-def make_network(prepared: Prepared) -> nn.Module:
-    """Makes the network of a run, BatchNorm groups included."""
-    config, num_devices = prepared.config, jax.device_count()
-    group = config.bn_group or num_devices
-    groups = None
-    if 1 < group < num_devices:
-        groups = [list(range(i, i + group)) for i in range(0, num_devices, group)]
-    return make_model(
-        config.model,
-        num_classes=prepared.dataset.num_classes,
-        norm_momentum=config.norm_momentum,
-        axis_name=None if group == 1 else AXIS,
-        axis_index_groups=groups,
-        dtype=jnp.dtype(config.dtype),
-        dropout_rate=config.dropout_rate,
-        zero_init_residual=config.zero_init_residual,
-    )
-
-
-def _accumulation(config: Config) -> Accumulation:
-    """Says what one device does, of what the options say of all of them."""
-    num_devices = jax.device_count()
-    piece_size = (config.transfer_size or config.batch_size) // num_devices
-    microbatch_size = config.microbatch_size
-    if microbatch_size is not None and microbatch_size >= piece_size:
-        microbatch_size = None
-    return Accumulation(
-        pieces=config.batch_size // (piece_size * num_devices),
-        piece_size=piece_size,
-        microbatch_size=microbatch_size,
-        group_size=config.group_size,
-        num_norm_examples=(config.num_norm_examples or config.batch_size) // num_devices,
-    )
-
-
-def make_training(
-    prepared: Prepared, model: nn.Module, devices: Sequence[jax.Device]
-) -> tuple[TrainState, TrainStep]:
-    """Makes the initial state and the training step.
-
-    Args:
-        prepared: the run.
-        model: its network, from `make_network`.
-        devices: those of all processes.
-    """
-    config, num_train = prepared.config, len(prepared.train_examples)
-    schedule = make_schedule(
-        config.schedule,
-        peak=config.peak_learning_rate,
-        end=config.end_learning_rate,
-        warmup_steps=config.in_steps(config.warmup_epochs, num_train),
-        num_steps=prepared.num_steps,
-        boundaries=[config.in_steps(epoch, num_train) for epoch in config.decay_epochs],
-    )
-    optimizer = make_optimizer(
-        config.optimizer,
-        schedule,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        weight_decay=config.weight_decay,
-        weight_decay_mask=config.weight_decay_mask,
-        trust_coefficient=config.trust_coefficient,
-        max_trust_ratio=config.max_trust_ratio,
-        batch_size=config.batch_size,
-        group_size=config.group_size,
-        num_steps=prepared.num_steps,
-    )
-    accumulation = _accumulation(config)
-    if not optimizer.needs_norms:
-        accumulation = dataclasses.replace(accumulation, num_norm_examples=0)
-    body = TrainBody(
-        prepared.dataset,
-        optimizer,
-        schedule,
-        accumulation,
-        AXIS,
-        label_smoothing=config.label_smoothing,
-        seed=config.seed,
-    )
-    state = init_state(
-        model,
-        prepared.dataset.image_shape(prepared.image_size),
-        optimizer.transformation,
-        config.seed,
-        devices,
-        config.ema_decay,
-    )
-    return state, TrainStep(body, devices)
-
-
 def _make_evaluation(
     prepared: Prepared, devices: Sequence[jax.Device]
 ) -> Callable[[TrainState], dict[str, float]]:
     """Returns a function that gives mean loss and accuracy over all examples."""
     eval_step = pmap_eval_step(make_eval_body(prepared.dataset, AXIS), devices)
-    accumulation = _accumulation(prepared.config)
+    accumulation = accumulation_of(prepared.config, len(devices))
     at_a_time = accumulation.microbatch_size or accumulation.piece_size
 
     def evaluate(state: TrainState) -> dict[str, float]:
@@ -323,7 +215,7 @@ def _make_evaluation(
             prepared.dataset,
             prepared.test_examples,
             batch_size=at_a_time * jax.device_count(),
-            image_size=prepared.image_size,
+            image_size=image_shape_of(prepared.config)[0],
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
@@ -352,14 +244,14 @@ def _train_line(measured: dict[str, Any], layers: Sequence[str]) -> dict[str, An
     return line
 
 
-def _weights_by_depth(model: nn.Module, prepared: Prepared) -> list[str]:
-    """Names the weights in the order in which the model makes them, which is that of depth."""
+def _weights_by_depth(network: nn.Module, image_shape: tuple[int, int, int]) -> list[str]:
+    """Names the weights in the order in which the network makes them, which is that of depth."""
     by_depth: list[str] = []
 
     def init(key: jax.Array) -> None:
         # What leaves a transformation of JAX is sorted by name.
-        images = jnp.zeros((1, *prepared.dataset.image_shape(prepared.image_size)))
-        params = model.init(key, images, train=False)["params"]
+        images = jnp.zeros((1, *image_shape))
+        params = network.init(key, images, train=False)["params"]
         is_weight = traverse_util.flatten_dict(clars_optax.default_mask(params), sep="/")
         by_depth.extend(
             path for path in traverse_util.flatten_dict(params, sep="/") if is_weight[path]

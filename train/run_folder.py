@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 from train.config import Config
 
@@ -47,9 +48,13 @@ def open_run_folder(config: Config, num_train: int, devices: Sequence[jax.Device
     workdir = config.workdir
     if workdir is None:
         workdir = Path("runs") / f"{config.config}-{datetime.now():%Y%m%d-%H%M%S}"
-    if workdir.exists() and any(workdir.iterdir()):
+    is_new = not (workdir.exists() and any(workdir.iterdir()))
+    if not is_new:
         _refuse_other_run(config, workdir, record)
-    elif jax.process_index() == 0:
+    if jax.process_count() > 1:
+        # All processes look before one of them writes, so that they come to the same conclusion.
+        multihost_utils.sync_global_devices("run folder")
+    if is_new and jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         # Renamed into place, so that a folder that a kill leaves behind has the whole record or
         # none.

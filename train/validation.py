@@ -2,11 +2,9 @@
 
 import math
 
+from train.build import network_of, optimizer_of, schedule_of
 from train.config import Config
 from train.data import DATASETS
-from train.models import make_model
-from train.optimizers import make_optimizer
-from train.schedules import make_schedule
 
 
 def validate(config: Config, num_devices: int, num_processes: int = 1) -> None:
@@ -67,7 +65,9 @@ def validate(config: Config, num_devices: int, num_processes: int = 1) -> None:
         )
     _validate_warmup(config)
     _validate_sizes(config, num_devices)
-    _validate_parts(config)
+    # The makers of network and optimizer say themselves what they do not take.
+    network_of(config, num_devices)
+    optimizer_of(config, config.peak_learning_rate, num_steps=1)
     _validate_processes(config, num_processes)
 
 
@@ -86,14 +86,7 @@ def validate_with_data(config: Config, num_train: int) -> None:
             f"--batch-size is {config.batch_size}, but the training split of {config.dataset} has "
             f"{num_train} examples: choose at most as many."
         )
-    make_schedule(
-        config.schedule,
-        peak=config.peak_learning_rate,
-        end=config.end_learning_rate,
-        warmup_steps=config.in_steps(config.warmup_epochs, num_train),
-        num_steps=config.num_steps(num_train),
-        boundaries=[config.in_steps(epoch, num_train) for epoch in config.decay_epochs],
-    )
+    schedule_of(config, num_train)
 
 
 def _validate_warmup(config: Config) -> None:
@@ -145,29 +138,6 @@ def _validate_sizes(config: Config, num_devices: int) -> None:
             config.num_norm_examples,
             config.batch_size,
         )
-
-
-def _validate_parts(config: Config) -> None:
-    """Lets the makers of model and optimizer say what they do not take."""
-    make_model(
-        config.model,
-        num_classes=DATASETS[config.dataset].num_classes,
-        dropout_rate=config.dropout_rate,
-        zero_init_residual=config.zero_init_residual,
-    )
-    make_optimizer(
-        config.optimizer,
-        config.peak_learning_rate,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        weight_decay=config.weight_decay,
-        weight_decay_mask=config.weight_decay_mask,
-        trust_coefficient=config.trust_coefficient,
-        max_trust_ratio=config.max_trust_ratio,
-        batch_size=config.batch_size,
-        group_size=config.group_size,
-        num_steps=1,
-    )
 
 
 def _validate_processes(config: Config, num_processes: int) -> None:

@@ -41,4 +41,4 @@ def test_ten_steps_with_a_kill_between(name, imagenet_dir, tmp_path):
     for line in lines:
         # One of a thousand classes, or of eight: no step has gone astray.
         assert 0 < line.get("train_loss", 7.0) < 12
-        assert all(0 < ratio <= 0.1 for ratio in line.get("trust_ratio", {}).values())
+        assert all(0 < ratio < 0.1001 for ratio in line.get("trust_ratio", {}).values())

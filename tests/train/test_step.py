@@ -10,19 +10,11 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 import clars_optax
+from train.body import Accumulation, TrainBody, make_eval_body
 from train.data import DATASETS
 from train.models import densenet, resnet
 from train.optimizers import make_optimizer
-from train.step import (
-    AXIS,
-    Accumulation,
-    TrainBody,
-    TrainStep,
-    init_state,
-    make_eval_body,
-    pmap_eval_step,
-    shard,
-)
+from train.step import AXIS, TrainStep, init_state, pmap_eval_step, shard
 
 BATCH_SIZE = 32
 DIGITS = DATASETS["digits"]
@@ -232,6 +224,15 @@ def test_only_the_first_step_compiles(setting, caplog):
         caplog.clear()
 
     assert compiled == [True, False, False]
+
+
+@pytest.mark.parametrize("setting", [Setting(name="sgd"), Setting(pieces=2)])
+def test_old_state_gives_its_memory_to_the_new_one(setting):
+    state = new_state(setting)
+
+    take_step(state, batch_of(0), setting)
+
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.opt_state)))
 
 
 def twice(batch):

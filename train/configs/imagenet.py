@@ -12,8 +12,8 @@ Batch 16,384 is the largest of the paper as far as we know. From the authors' pu
 learning rate 0.128 for each 256 examples, falling with power 2 to 0.0001, weight decay 0.0002 on
 all parameters, momentum 0.9 outside the trust ratio, trust coefficient 0.01 and its cap 0.1. They
 take the norms of 64 groups of 8 examples, which is `--group-size 8 --num-norm-examples 512`; what
-stands here is the paper's formula, all examples by themselves. Crops, flips and BatchNorm's
-momentum are the usual ones.
+stands here is the paper's formula, all examples by themselves. Crops, flips, BatchNorm's momentum
+and MobileNetV2's dropout are the usual ones.
 
 The paper's tables were not at hand, so that there is no public number to be met here. We have run
 none of these at full scale.
@@ -40,4 +40,6 @@ RESNET50 = Config(
     weight_decay_mask="all",
 )
 DENSENET121 = dataclasses.replace(RESNET50, config="imagenet-densenet121", model="densenet121")
-MOBILENETV2 = dataclasses.replace(RESNET50, config="imagenet-mobilenetv2", model="mobilenet_v2")
+MOBILENETV2 = dataclasses.replace(
+    RESNET50, config="imagenet-mobilenetv2", model="mobilenet_v2", dropout_rate=0.2
+)

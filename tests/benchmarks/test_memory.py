@@ -1,0 +1,56 @@
+import dataclasses
+import re
+
+import pytest
+
+from benchmarks import memory
+from train.configs import CONFIGS
+
+CONFIG = dataclasses.replace(CONFIGS["digits"], batch_size=16, microbatch_size=16)
+
+
+def test_table(capsys):
+    memory.main(
+        ["--config", "digits", "--image-size", "8", "--batch-size", "64", "--microbatch-size", "16"]
+    )
+
+    text = capsys.readouterr().out
+    assert re.findall(r"^\| (.*) \| (\w+) \|", text, re.MULTILINE)[2:] == [
+        ("a batch of 16", "step"),
+        ("a batch of 64 in transfers of 16", "accumulate"),
+        ("a batch of 64 in transfers of 16", "finish"),
+    ]
+    (more,) = re.findall(r"large batch ([+-]\d\.\d\d) times", text)
+    assert float(more) <= 2
+
+
+def test_images_and_parameters_are_in_the_plan():
+    params, plans = memory.plans_of(CONFIG)
+
+    images = 16 * 8 * 8 * (1 + 4)  # bytes and, on their way into the network, floats
+    assert params == 4 * 77_754  # as tests/train/test_models.py counts them
+    assert plans["step"].arguments >= 16 * 8 * 8 + 2 * params
+    assert plans["step"].temporary > images
+    # The new state takes the place of the old one.
+    assert plans["step"].results < params
+
+
+@pytest.mark.parametrize("batch_size", [32, 128])
+def test_batch_in_transfers_needs_one_microbatch_and_two_trees_like_the_parameters(batch_size):
+    params, single = memory.plans_of(CONFIG)
+    large = dataclasses.replace(CONFIG, batch_size=batch_size, transfer_size=16)
+
+    _, plans = memory.plans_of(large)
+
+    for plan in plans.values():
+        assert plan.total <= single["step"].total + 2 * params
+
+
+def test_loop_over_microbatches_needs_one_of_them_and_two_trees(monkeypatch):
+    """On accelerators, where micro-batches are a loop; the images are arguments."""
+    params, single = memory.plans_of(CONFIG)
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+
+    _, plans = memory.plans_of(dataclasses.replace(CONFIG, batch_size=128))
+
+    assert plans["step"].temporary <= single["step"].temporary + 2 * params
