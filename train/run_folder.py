@@ -48,7 +48,8 @@ def open_run_folder(config: Config, num_train: int, devices: Sequence[jax.Device
     workdir = config.workdir
     if workdir is None:
         workdir = Path("runs") / f"{config.config}-{datetime.now():%Y%m%d-%H%M%S}"
-    is_new = not (workdir.exists() and any(workdir.iterdir()))
+    unfinished = workdir / f".{_CONFIG}"
+    is_new = not (workdir.exists() and any(path != unfinished for path in workdir.iterdir()))
     if not is_new:
         _refuse_other_run(config, workdir, record)
     if jax.process_count() > 1:
@@ -56,9 +57,7 @@ def open_run_folder(config: Config, num_train: int, devices: Sequence[jax.Device
         multihost_utils.sync_global_devices("run folder")
     if is_new and jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        # Renamed into place, so that a folder that a kill leaves behind has the whole record or
-        # none.
-        unfinished = workdir / f".{_CONFIG}"
+        # Renamed into place: a kill leaves the whole record or none.
         unfinished.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
         unfinished.rename(workdir / _CONFIG)
     return workdir
