@@ -31,7 +31,7 @@ def main() -> None:
         validate_cluster(config)
         processes.join(config)
         prepared = prepare(config)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"python -m train: {error}", file=sys.stderr)
         sys.exit(2)
     train(prepared)

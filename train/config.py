@@ -1,7 +1,6 @@
 """Every option of a training run."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -155,12 +154,12 @@ class Config:
         return self.base_learning_rate * self.batch_size / 256
 
     def num_steps(self, num_train: int) -> int:
-        """Counts the steps of a run; batches run on across the end of a pass.
+        """Counts the steps of a run, rounded up; batches run on across the end of a pass.
 
         Args:
             num_train: examples of the training split.
         """
-        return math.ceil(self.epochs * num_train / self.batch_size)
+        return -(-round(self.epochs * num_train) // self.batch_size)
 
     def in_steps(self, epochs: float, num_train: int) -> int:
         """Counts the whole steps that come closest to a number of epochs."""

@@ -39,6 +39,8 @@ class Prepared:
         dataset: the data set.
         train_examples: its training split.
         test_examples: its held-out split.
+        network: the network.
+        layers: names of its weights, from the first to the last.
         workdir: the run folder.
     """
 
@@ -46,6 +48,8 @@ class Prepared:
     dataset: Dataset
     train_examples: Sequence[Example]
     test_examples: Sequence[Example]
+    network: nn.Module
+    layers: Sequence[str]
     workdir: Path
 
     @property
@@ -96,8 +100,10 @@ def prepare(config: Config) -> Prepared:
     train_examples = dataset.load(config.data_dir, "train")
     test_examples = dataset.load(config.data_dir, "test")
     validate_with_data(config, len(train_examples))
+    network = network_of(config, jax.device_count())
+    layers = _weights_by_depth(network, image_shape_of(config))
     workdir = open_run_folder(config, len(train_examples), jax.devices())
-    return Prepared(config, dataset, train_examples, test_examples, workdir)
+    return Prepared(config, dataset, train_examples, test_examples, network, layers, workdir)
 
 
 def train(prepared: Prepared) -> Result:
@@ -112,11 +118,10 @@ def train(prepared: Prepared) -> Result:
         f"{num_steps} steps of {config.batch_size} examples, "
         f"{len(devices)} x {devices[0].device_kind}"
     )
-    network = network_of(config, len(devices))
-    layers = _weights_by_depth(network, image_shape_of(config))
-    state, train_step = training_of(config, network, len(prepared.train_examples), devices)
+    num_train = len(prepared.train_examples)
+    state, train_step = training_of(config, prepared.network, num_train, devices)
     evaluate = _make_evaluation(prepared, devices)
-    epochs_per_step = config.batch_size / len(prepared.train_examples)
+    eval_examples = max(round(config.eval_epochs * num_train), 1)
 
     evaluation: dict[str, float] = {}
     with checkpoint.open_folder(prepared.workdir / CHECKPOINTS) as checkpoints:
@@ -133,16 +138,16 @@ def train(prepared: Prepared) -> Result:
             for step in range(done + 1, num_steps + 1):
                 started = time.perf_counter()
                 state, measured = train_step(state, pieces)
-                line = _train_line(jax.device_get(measured), layers)
+                line = _train_line(jax.device_get(measured), prepared.layers)
                 line["step_seconds"] = time.perf_counter() - started
                 line["data_seconds"] = pieces.waited()
-                epoch = step * epochs_per_step
+                epoch = step * config.batch_size / num_train
                 writer.write(step, {"epoch": epoch, **line})
                 progress.update(
                     step, line["step_seconds"], line["train_loss"], line["train_accuracy"]
                 )
-                passed = [int(at * epochs_per_step / config.eval_epochs) for at in (step - 1, step)]
-                if step == num_steps or passed[0] < passed[1]:
+                since_evaluation = step * config.batch_size % eval_examples
+                if step == num_steps or since_evaluation < config.batch_size:
                     evaluation = evaluate(state)
                     writer.write(step, {"epoch": epoch, **evaluation})
                     checkpoint.save(checkpoints, state, evaluation)
@@ -153,7 +158,7 @@ def train(prepared: Prepared) -> Result:
             f"{config.model} with {config.optimizer} on {config.dataset}, batch {config.batch_size}"
         )
         lines = metrics.read(prepared.workdir)
-        plot_curves(lines, title, layers, prepared.workdir / "curves.png")
+        plot_curves(lines, title, prepared.layers, prepared.workdir / "curves.png")
     console.print(f"held-out accuracy: {accuracy:.2%} of {len(prepared.test_examples)} examples")
     console.print(f"run folder: {prepared.workdir}")
     return Result(prepared.workdir, accuracy)
@@ -180,7 +185,10 @@ class _PiecesOnDevices:
             self._ahead.append(shard(batch, self._devices))
 
     def waited(self) -> float:
-        """Returns the seconds since the last call in which there was no batch to send."""
+        """Returns the seconds since the last call that went into waiting for the reader.
+
+        The devices may have been busy meanwhile.
+        """
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 

@@ -10,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+_MOST_NAMES = 20
+
 
 def plot_curves(
     lines: Sequence[dict[str, Any]], title: str, layers: Sequence[str], path: Path
@@ -44,14 +46,17 @@ def plot_curves(
 
     steps = [line["step"] for line in train]
     colours = mpl.colormaps["viridis"](np.linspace(0, 0.95, len(layers)))
-    for layer, colour in zip(layers, colours, strict=True):
+    # A legend of more names would not fit beside the curves.
+    stride = -(-len(layers) // _MOST_NAMES)
+    for index, (layer, colour) in enumerate(zip(layers, colours, strict=True)):
         values = [line["trust_ratio"][layer] for line in train]
-        ratio.plot(steps, values, color=colour, label=layer.removesuffix("/kernel"))
+        name = layer.removesuffix("/kernel") if index % stride == 0 else None
+        ratio.plot(steps, values, color=colour, label=name)
     ratio.set(title="Trust ratio of each layer", ylabel="trust ratio", yscale="log")
     figure.legend(
         *ratio.get_legend_handles_labels(),
         loc="outside right lower",
-        title="layers, input first",
+        title="layers, input first" if stride == 1 else f"every {stride}th layer, input first",
         fontsize="small",
     )
 

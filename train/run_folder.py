@@ -18,13 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
+from train.build import accumulation_of
 from train.config import Config
 
 CHECKPOINTS = "checkpoints"
 _CONFIG = "config.json"
-# What may change between the parts of a run: nothing that its numbers depend on.
+# What follows from the options, the data and the devices, and may not change either.
+_CONSEQUENCES = {
+    "num_train": "a number of training examples of",
+    "norm_batch_size": "a number of examples in a BatchNorm batch of",
+}
+# What may change between the parts of a run.
 _MAY_CHANGE = frozenset(
     {"workdir", "data_dir", "resume", "coordinator", "num_processes", "process_id"}
 )
@@ -33,16 +40,19 @@ _MAY_CHANGE = frozenset(
 def open_run_folder(config: Config, num_train: int, devices: Sequence[jax.Device]) -> Path:
     """Makes the run folder, or finds that the run in it may go on.
 
+    Every process calls it, and where one of them finds something wrong, all raise.
+
     Args:
         config: the options.
         num_train: examples of the training split.
-        devices: those of all processes, for the record.
+        devices: those of all processes.
 
     Returns:
         The folder, which holds the configuration's record.
 
     Raises:
-        ValueError: the folder holds something else, or a run with other options.
+        ValueError: the folder holds something else, or a run with other options; or a process has
+            other options than the first one, or does not see its folder.
     """
     record = _record(config, num_train, devices)
     workdir = config.workdir
@@ -50,49 +60,72 @@ def open_run_folder(config: Config, num_train: int, devices: Sequence[jax.Device
         workdir = Path("runs") / f"{config.config}-{datetime.now():%Y%m%d-%H%M%S}"
     unfinished = workdir / f".{_CONFIG}"
     is_new = not (workdir.exists() and any(path != unfinished for path in workdir.iterdir()))
-    if not is_new:
-        _refuse_other_run(config, workdir, record)
-    if jax.process_count() > 1:
-        # All processes look before one of them writes, so that they come to the same conclusion.
-        multihost_utils.sync_global_devices("run folder")
+    # All processes look before one of them writes, and look again at what it has written.
+    _raise_together(None if is_new else _obstacle(config, workdir, record))
     if is_new and jax.process_index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
         # Renamed into place: a kill leaves the whole record or none.
         unfinished.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
         unfinished.rename(workdir / _CONFIG)
+    _raise_together(None)  # Until it is written.
+    _raise_together(_difference(workdir, record))
     return workdir
 
 
-def _refuse_other_run(config: Config, workdir: Path, record: dict[str, Any]) -> None:
+def _raise_together(problem: str | None) -> None:
+    """Raises on every process if one of them has a problem."""
+    if jax.process_count() > 1:
+        found = multihost_utils.process_allgather(np.asarray(problem is not None))
+        if problem is None and found.any():
+            problem = f"process {int(np.argmax(found))} refuses to start: its message says why."
+    if problem is not None:
+        raise ValueError(problem)
+
+
+def _obstacle(config: Config, workdir: Path, record: dict[str, Any]) -> str | None:
+    """Says why a run cannot go on in a folder that is not empty."""
     if config.resume == "never":
-        raise ValueError(
+        return (
             f"--workdir is {workdir}, but that folder is not empty: name a new one, remove it, or "
             "let the run in it go on with --resume auto."
         )
     if not (workdir / _CONFIG).exists():
-        raise ValueError(
+        return (
             f"--workdir is {workdir}, but that folder is not empty and holds no {_CONFIG} of a "
             "run: name a new one, or remove it."
         )
+    return _difference(workdir, record)
+
+
+def _difference(workdir: Path, record: dict[str, Any]) -> str | None:
+    """Says in what a run differs from the record in its folder."""
+    if not (workdir / _CONFIG).exists():
+        return (
+            f"--workdir is {workdir}, but the {_CONFIG} that process 0 has written is not there: "
+            "name a folder on a file system that all processes see."
+        )
     before = json.loads((workdir / _CONFIG).read_text(encoding="utf-8"))
     now = json.loads(json.dumps(record, default=str))
-    for field in dataclasses.fields(config):
-        name = field.name
+    for name in [field.name for field in dataclasses.fields(Config)] + list(_CONSEQUENCES):
         if name not in _MAY_CHANGE and before.get(name) != now[name]:
-            raise ValueError(
-                f"--workdir is {workdir}, which holds a run with --{name.replace('_', '-')} "
-                f"{before.get(name)}, but now it is {now[name]}: name a new folder, or let the "
-                "run go on with the options that it began with."
+            what = _CONSEQUENCES.get(name, "--" + name.replace("_", "-"))
+            return (
+                f"--workdir is {workdir}, which holds a run with {what} {before.get(name)}, but "
+                f"now it is {now[name]}: name a new folder, or let the run go on as it began."
             )
+    return None
 
 
 def _record(config: Config, num_train: int, devices: Sequence[jax.Device]) -> dict[str, Any]:
+    accumulation = accumulation_of(config, len(devices))
+    at_a_time = accumulation.microbatch_size or accumulation.piece_size
     return {
         **dataclasses.asdict(config),
         "learning_rate": config.base_learning_rate,
         "peak_learning_rate": config.peak_learning_rate,
         "num_train": num_train,
         "num_steps": config.num_steps(num_train),
+        "norm_batch_size": at_a_time * (config.bn_group or len(devices)),
         "devices": [str(device) for device in devices],
         "versions": {
             package: metadata.version(package)

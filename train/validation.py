@@ -6,6 +6,9 @@ from train.build import network_of, optimizer_of, schedule_of
 from train.config import Config
 from train.data import DATASETS
 
+# More than anybody's; it keeps the number of steps in range.
+MOST_EPOCHS = 1_000_000
+
 
 def validate(config: Config, num_devices: int, num_processes: int = 1) -> None:
     """Checks the options before anything is read or written.
@@ -42,6 +45,12 @@ def validate(config: Config, num_devices: int, num_processes: int = 1) -> None:
         trust_coefficient=config.trust_coefficient,
         max_trust_ratio=config.max_trust_ratio,
     )
+    for epoch in config.decay_epochs:
+        _positive(decay_epochs=epoch)
+    if config.epochs > MOST_EPOCHS:
+        raise ValueError(
+            f"--epochs is {config.epochs:g}, but must be at most {MOST_EPOCHS:,}: lower it."
+        )
     _below_one(
         "0.9 is usual",
         momentum=config.momentum,
@@ -63,11 +72,25 @@ def validate(config: Config, num_devices: int, num_processes: int = 1) -> None:
             f"{config.optimizer}, only for {_either([*config.learning_rates])}. Give one, for a "
             "batch of 256 examples."
         )
+    if not math.isfinite(config.peak_learning_rate):
+        raise ValueError(
+            f"--learning-rate is {config.base_learning_rate:g}, which is infinite for a batch of "
+            f"{config.batch_size}: lower it."
+        )
     _validate_warmup(config)
     _validate_sizes(config, num_devices)
     # The makers of network and optimizer say themselves what they do not take.
     network_of(config, num_devices)
-    optimizer_of(config, config.peak_learning_rate, num_steps=1)
+    optimizer = optimizer_of(config, config.peak_learning_rate, num_steps=1)
+    for name, is_given in {
+        "group_size": config.group_size > 1,
+        "num_norm_examples": config.num_norm_examples is not None,
+    }.items():
+        if is_given and not optimizer.needs_norms:
+            raise ValueError(
+                f"{_option(name)} is {getattr(config, name)}, but {config.optimizer} needs no "
+                "norms of per-example gradients: leave it out."
+            )
     _validate_processes(config, num_processes)
 
 
@@ -200,7 +223,8 @@ def _at_least(minimum: int, **options: float | None) -> None:
     for name, value in options.items():
         if value is not None and not (math.isfinite(value) and value >= minimum):
             raise ValueError(
-                f"{_option(name)} is {value:g}, but must be at least {minimum}: raise it."
+                f"{_option(name)} is {value:g}, but must be a finite number of at least {minimum}: "
+                "change it."
             )
 
 

@@ -31,6 +31,15 @@ def finish(*processes):
     return [output for output, _ in outputs]
 
 
+def refusals(*processes):
+    """Waits for runs that are refused in one line, and returns these."""
+    outputs = [process.communicate(timeout=600) for process in processes]
+    lines = [errors.splitlines()[-1] for _, errors in outputs]
+    assert [process.returncode for process in processes] == [2] * len(processes), outputs
+    assert all(line.startswith("python -m train: ") for line in lines)
+    return [line.removeprefix("python -m train: ") for line in lines]
+
+
 def kill_when(condition, process):
     """Ends a run as a power cut does, as soon as the condition holds."""
     deadline = time.monotonic() + 600

@@ -126,14 +126,14 @@ def test_more_norm_examples_than_examples():
 )
 def test_sizes_below_one(name):
     assert message(**{name: 0}) == (
-        f"--{name.replace('_', '-')} is 0, but must be at least 1: raise it."
+        f"--{name.replace('_', '-')} is 0, but must be a finite number of at least 1: change it."
     )
 
 
 @pytest.mark.parametrize("name", ["seed", "weight_decay", "warmup_epochs", "end_learning_rate"])
 def test_negative_numbers(name):
     assert message(**{name: -1}) == (
-        f"--{name.replace('_', '-')} is -1, but must be at least 0: raise it."
+        f"--{name.replace('_', '-')} is -1, but must be a finite number of at least 0: change it."
     )
 
 
@@ -173,6 +173,19 @@ def test_schedule_of_tvlars():
         "--schedule is polynomial, but tvlars has one of its own: choose constant, with "
         "--end-learning-rate 0."
     )
+
+
+@pytest.mark.parametrize("name", ["group_size", "num_norm_examples"])
+def test_norms_for_an_optimizer_that_needs_none(name):
+    assert "but sgd needs no norms of per-example gradients" in message(
+        optimizer="sgd", **{name: 90}
+    )
+
+
+def test_numbers_out_of_all_proportion():
+    assert "--epochs is 1e+308, but must be at most 1,000,000" in message(epochs=1e308)
+    assert "--learning-rate is 1e+308, which is infinite" in message(learning_rate=1e308)
+    assert "--decay-epochs is inf" in message(decay_epochs=(1.0, float("inf")))
 
 
 def test_seed_too_large():
@@ -261,6 +274,8 @@ def test_steps_cover_the_epochs():
     config = dataclasses.replace(CONFIGS["digits"], batch_size=720, epochs=2)
 
     assert config.num_steps(1437) == 4  # 2 * 1,437 = 3.99 * 720
+    config = dataclasses.replace(config, batch_size=600, epochs=16.1)
+    assert config.num_steps(60_000) == 1610  # Not one more for a rounding.
 
 
 def test_wrong_option_is_one_line_and_exit_code_2(monkeypatch, capsys):

@@ -5,7 +5,7 @@ import socket
 import numpy as np
 import pytest
 
-from tests.train.commands import finish, numbers_of, start
+from tests.train.commands import finish, numbers_of, refusals, start
 from train import checkpoint
 from train.run_folder import CHECKPOINTS
 
@@ -21,16 +21,24 @@ def free_port():
         return listener.getsockname()[1]
 
 
+def start_two(data_dir, *options_of_each):
+    """Starts two processes of two devices."""
+    address = f"127.0.0.1:{free_port()}"
+    return [
+        start(
+            *(*OPTIONS, "--data-dir", data_dir, *options),
+            *("--coordinator", address, "--num-processes", 2, "--process-id", index),
+            num_devices=2,
+        )
+        for index, options in enumerate(options_of_each)
+    ]
+
+
 @pytest.fixture(scope="module")
 def together(tmp_path_factory, data_dir):
-    """Two processes of two devices."""
-    workdir, port = tmp_path_factory.mktemp("together"), free_port()
-    common = (
-        *OPTIONS,
-        *("--workdir", workdir, "--data-dir", data_dir),
-        *("--coordinator", f"127.0.0.1:{port}", "--num-processes", 2, "--process-id"),
-    )
-    return workdir, finish(*(start(*common, index, num_devices=2) for index in (0, 1)))
+    """A run of two processes of two devices: its folder and what they say."""
+    workdir = tmp_path_factory.mktemp("together")
+    return workdir, finish(*start_two(data_dir, *2 * [("--workdir", workdir)]))
 
 
 @pytest.fixture(scope="module")
@@ -70,4 +78,37 @@ def test_checkpoint_of_two_processes_is_read_by_one(together, alone):
 
     np.testing.assert_allclose(
         found["head"]["kernel"], expected["head"]["kernel"], rtol=1e-2, atol=1e-4
+    )
+
+
+def test_two_processes_go_on_together(together, data_dir):
+    workdir = together[0]
+    before = numbers_of(workdir)
+
+    first, _ = finish(*start_two(data_dir, *2 * [("--workdir", workdir)]))
+
+    assert "going on from step 6" in first
+    assert numbers_of(workdir) == before
+
+
+def test_process_with_other_options_is_named(tmp_path, data_dir):
+    common = ("--workdir", tmp_path)
+
+    first, second = refusals(*start_two(data_dir, common, (*common, "--epochs", "2")))
+
+    assert first == "process 1 refuses to start: its message says why."
+    assert second.startswith(
+        f"--workdir is {tmp_path}, which holds a run with --epochs 1.0, but now it is 2.0: "
+    )
+
+
+def test_folder_that_not_all_processes_see_is_refused(tmp_path, data_dir):
+    folders = tmp_path / "first", tmp_path / "second"
+
+    first, second = refusals(*start_two(data_dir, *(("--workdir", folder) for folder in folders)))
+
+    assert first == "process 1 refuses to start: its message says why."
+    assert second == (
+        f"--workdir is {folders[1]}, but the config.json that process 0 has written is not there: "
+        "name a folder on a file system that all processes see."
     )

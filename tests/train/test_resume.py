@@ -12,6 +12,7 @@ from train.run_folder import CHECKPOINTS
 OPTIONS = (
     *("digits", "--batch-size", "480", "--epochs", "3", "--ema-decay", "0.9", "--seed", "5"),
     *("--optimizer", "lena", "--learning-rate", "0.3", "--group-size", "4"),
+    *("--transfer-size", "160"),
 )
 
 

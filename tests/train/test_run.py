@@ -113,8 +113,7 @@ def refusal(workdir, data_dir, *options):
 def test_run_folder_of_another_run_is_refused(short_run, data_dir):
     assert refusal(short_run[0], data_dir, "--epochs", 2) == (
         f"python -m train: --workdir is {short_run[0]}, which holds a run with --batch-size 960, "
-        "but now it is 720: name a new folder, or let the run go on with the options that it began "
-        "with.\n"
+        "but now it is 720: name a new folder, or let the run go on as it began.\n"
     )
 
 
@@ -133,6 +132,16 @@ def test_folder_that_holds_something_else_is_refused(tmp_path, data_dir):
     assert done.returncode == 2
     assert "holds no config.json of a run" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_network_that_is_too_large_for_the_images_is_refused(tmp_path, data_dir):
+    workdir = tmp_path / "run"
+
+    done = train("--model", "densenet121", "--workdir", workdir, "--data-dir", data_dir)
+
+    assert done.returncode == 2
+    assert "--image-size is too small for this network: transition" in done.stderr
+    assert not workdir.exists()
 
 
 def test_run_that_is_at_its_end_stays_as_it_is(short_run, data_dir):

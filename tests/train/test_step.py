@@ -359,7 +359,12 @@ def test_moving_average_of_the_weights():
 
     np.testing.assert_allclose(state.ema_params["head"]["kernel"], average, rtol=1e-5)
     assert state.eval_params is state.ema_params
-    assert new_state().eval_params is not None
+
+
+def test_weights_are_evaluated_where_no_average_is_kept():
+    state = new_state()
+
+    assert state.eval_params is state.params
 
 
 def test_evaluation_counts_every_example_once():

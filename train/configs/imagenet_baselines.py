@@ -17,8 +17,7 @@ Published: 76.96 % top-1.
 
 MLPerf Training 3.1 on eight GPUs with 400 examples each: LARS, peak 11 after two epochs of warm-up,
 power 2, 37 epochs, weight decay 0.00005, label smoothing 0.1. Published: 75.9 % top-1, the target
-that ends a run, at epoch 35. It has to be run with eight devices, or with
-`--microbatch-size 400` on fewer.
+that ends a run, at epoch 35.
 
 Rates are written as peak * 256 / batch, for they are scaled with the batch. Where a recipe's own
 code differs from ours in crops or in the place of a constant, that is not copied. We have run none

@@ -64,7 +64,16 @@ class Transition(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [N, H, W, C] to [N, H / 2, W / 2, C / 2]."""
+        """Maps [N, H, W, C] to [N, H / 2, W / 2, C / 2].
+
+        Raises:
+            ValueError: there is nothing left to halve.
+        """
+        if min(x.shape[1:3]) < 2:
+            raise ValueError(
+                f"--image-size is too small for this network: {self.name} would halve an image of "
+                f"{x.shape[1]}x{x.shape[2]}. Choose a larger one, or a network for small images."
+            )
         channels = x.shape[-1] // 2
         x = nn.relu(self.norm(name="norm")(x))
         x = layers.conv(self.dtype)(channels, (1, 1), name="conv")(x)
