@@ -1,8 +1,6 @@
 import dataclasses
 import re
 
-import pytest
-
 from benchmarks import memory
 from train.configs import CONFIGS
 
@@ -15,7 +13,7 @@ def test_table(capsys):
     )
 
     text = capsys.readouterr().out
-    assert re.findall(r"^\| (.*) \| (\w+) \|", text, re.MULTILINE)[2:] == [
+    assert re.findall(r"^\| (.*) \| (\w+) \|", text, re.MULTILINE)[1:] == [
         ("a batch of 16", "step"),
         ("a batch of 64 in transfers of 16", "accumulate"),
         ("a batch of 64 in transfers of 16", "finish"),
@@ -35,10 +33,9 @@ def test_images_and_parameters_are_in_the_plan():
     assert plans["step"].results < params
 
 
-@pytest.mark.parametrize("batch_size", [32, 128])
-def test_batch_in_transfers_needs_one_microbatch_and_two_trees_like_the_parameters(batch_size):
+def test_batch_in_transfers_needs_one_microbatch_and_two_trees_like_the_parameters():
     params, single = memory.plans_of(CONFIG)
-    large = dataclasses.replace(CONFIG, batch_size=batch_size, transfer_size=16)
+    large = dataclasses.replace(CONFIG, batch_size=128, transfer_size=16)
 
     _, plans = memory.plans_of(large)
 

@@ -175,10 +175,10 @@ def test_schedule_of_tvlars():
     )
 
 
-@pytest.mark.parametrize("name", ["group_size", "num_norm_examples"])
-def test_norms_for_an_optimizer_that_needs_none(name):
+@pytest.mark.parametrize(("name", "value"), [("group_size", 90), ("num_norm_examples", 8)])
+def test_norms_for_an_optimizer_that_needs_none(name, value):
     assert "but sgd needs no norms of per-example gradients" in message(
-        optimizer="sgd", **{name: 90}
+        optimizer="sgd", **{name: value}
     )
 
 
