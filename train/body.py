@@ -130,7 +130,7 @@ class TrainBody:
         return jax.tree.map(lambda old, x: jnp.where(index == 0, x, old + x), sums, new)
 
     def finish(self, state: TrainState, sums: Sums) -> tuple[TrainState, Metrics]:
-        """Takes the step when all pieces are through; the devices meet here and nowhere else."""
+        """Takes the step when all pieces are through: here the devices meet, and in BatchNorm."""
         pieces = self.accumulation.pieces
         groups = max(self.accumulation.num_norm_examples // self.accumulation.group_size, 1)
         counts = 4 * [pieces] + 2 * [groups]
