@@ -3,8 +3,8 @@
     python -m train
 
 Half of the 1,437 training images in each of 60 steps, no warm-up, the norm of every example's
-gradient. Expect at least 97 % of the 360 held-out images, which the tests assert; seeds 0 to 3 found
-97.5 to 98.3 %.
+gradient. Expect at least 97 % of the 360 held-out images, which the tests assert; seeds 0 to 3
+found 97.5 to 98.3 %.
 
 One image is 0.3 %: the digits are too easy to tell the optimizers apart, and rounding alone moves
 the result by one or two images from machine to machine. Learning rates and BatchNorm's momentum are
