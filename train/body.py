@@ -40,6 +40,11 @@ class Accumulation:
     group_size: int = 1
     num_norm_examples: int = 0
 
+    @property
+    def at_a_time(self) -> int:
+        """Examples that go through the network together, and through BatchNorm."""
+        return self.microbatch_size or self.piece_size
+
     def norm_examples_of(self, piece: int) -> int:
         """Counts the examples of a piece whose norms are taken."""
         return min(max(self.num_norm_examples - piece * self.piece_size, 0), self.piece_size)

@@ -58,35 +58,6 @@ class Prepared:
         return self.config.num_steps(len(self.train_examples))
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What came of a run.
-
-    Attributes:
-        workdir: the run folder.
-        test_accuracy: share of the held-out examples whose label was found.
-    """
-
-    workdir: Path
-    test_accuracy: float
-
-
-def run(config: Config) -> Result:
-    """Trains, evaluates and writes the run folder; `prepare` and `train` in one.
-
-    Args:
-        config: the options.
-
-    Returns:
-        The run folder and the held-out accuracy.
-
-    Raises:
-        ValueError: as `prepare`.
-        FileNotFoundError: likewise.
-    """
-    return train(prepare(config))
-
-
 def prepare(config: Config) -> Prepared:
     """Checks the options, opens the data and opens the run folder.
 
@@ -106,7 +77,7 @@ def prepare(config: Config) -> Prepared:
     return Prepared(config, dataset, train_examples, test_examples, network, layers, workdir)
 
 
-def train(prepared: Prepared) -> Result:
+def train(prepared: Prepared) -> None:
     """Trains to the end, from the start or from the last checkpoint in the run folder."""
     config, num_steps = prepared.config, prepared.num_steps
     devices = jax.devices()
@@ -161,7 +132,6 @@ def train(prepared: Prepared) -> Result:
         plot_curves(lines, title, prepared.layers, prepared.workdir / "curves.png")
     console.print(f"held-out accuracy: {accuracy:.2%} of {len(prepared.test_examples)} examples")
     console.print(f"run folder: {prepared.workdir}")
-    return Result(prepared.workdir, accuracy)
 
 
 class _PiecesOnDevices:
@@ -215,14 +185,13 @@ def _make_evaluation(
 ) -> Callable[[TrainState], dict[str, float]]:
     """Returns a function that gives mean loss and accuracy over all examples."""
     eval_step = pmap_eval_step(make_eval_body(prepared.dataset, AXIS), devices)
-    accumulation = accumulation_of(prepared.config, len(devices))
-    at_a_time = accumulation.microbatch_size or accumulation.piece_size
+    at_a_time = accumulation_of(prepared.config, len(devices)).at_a_time
 
     def evaluate(state: TrainState) -> dict[str, float]:
         batches = eval_batches(
             prepared.dataset,
             prepared.test_examples,
-            batch_size=at_a_time * jax.device_count(),
+            batch_size=at_a_time * len(devices),
             image_size=image_shape_of(prepared.config)[0],
             process_index=jax.process_index(),
             process_count=jax.process_count(),

@@ -117,8 +117,7 @@ def _difference(workdir: Path, record: dict[str, Any]) -> str | None:
 
 
 def _record(config: Config, num_train: int, devices: Sequence[jax.Device]) -> dict[str, Any]:
-    accumulation = accumulation_of(config, len(devices))
-    at_a_time = accumulation.microbatch_size or accumulation.piece_size
+    at_a_time = accumulation_of(config, len(devices)).at_a_time
     return {
         **dataclasses.asdict(config),
         "learning_rate": config.base_learning_rate,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from matplotlib import image
 
+from tests.train.commands import lines_of
 from train import checkpoint
 from train.configs import CONFIGS
 
@@ -40,10 +41,6 @@ def short_run(tmp_path_factory, data_dir):
     done = train(*SHORT, "--workdir", workdir, "--data-dir", data_dir)
     assert done.returncode == 0, done.stderr
     return workdir, done
-
-
-def lines_of(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_output_without_a_terminal(short_run):
