@@ -16,6 +16,7 @@ from benchmarks.report import machine
 from train.build import image_shape_of, network_of, training_of
 from train.config import Config
 from train.configs import CONFIGS
+from train.data import dataset_of
 from train.validation import validate
 
 # Photos in ImageNet's training split, on which the length of the schedule depends.
@@ -52,11 +53,13 @@ def plans_of(config: Config) -> tuple[int, dict[str, Plan]]:
         The bytes of the parameters, and the plan of each program that makes up a step.
     """
     devices = jax.local_devices()[:1]
-    validate(config, len(devices))
-    state, step = training_of(config, network_of(config, 1), NUM_TRAIN, devices)
+    dataset = dataset_of(config.dataset, config.data_dir)
+    validate(config, dataset, len(devices))
+    network = network_of(config, dataset, 1)
+    state, step = training_of(config, dataset, network, NUM_TRAIN, devices)
     size = config.transfer_size or config.batch_size
     piece = {
-        "image": jax.ShapeDtypeStruct((1, size, *image_shape_of(config)), jnp.uint8),
+        "image": jax.ShapeDtypeStruct((1, size, *image_shape_of(config, dataset)), jnp.uint8),
         "label": jax.ShapeDtypeStruct((1, size), jnp.int32),
     }
     plans = {}

@@ -10,7 +10,7 @@ import optax
 
 from train.body import Accumulation, TrainBody
 from train.config import Config
-from train.data import DATASETS
+from train.data import Dataset
 from train.models import make_model
 from train.optimizers import Optimizer, make_optimizer
 from train.schedules import make_schedule
@@ -18,13 +18,12 @@ from train.state import TrainState
 from train.step import AXIS, TrainStep, init_state
 
 
-def image_shape_of(config: Config) -> tuple[int, int, int]:
+def image_shape_of(config: Config, dataset: Dataset) -> tuple[int, int, int]:
     """Returns height, width and channels of what the network sees."""
-    dataset = DATASETS[config.dataset]
     return dataset.image_shape(config.image_size or dataset.image_size)
 
 
-def network_of(config: Config, num_devices: int) -> nn.Module:
+def network_of(config: Config, dataset: Dataset, num_devices: int) -> nn.Module:
     """Makes the network, with its groups of devices for BatchNorm.
 
     Raises:
@@ -36,7 +35,7 @@ def network_of(config: Config, num_devices: int) -> nn.Module:
         groups = [list(range(i, i + group)) for i in range(0, num_devices, group)]
     return make_model(
         config.model,
-        num_classes=DATASETS[config.dataset].num_classes,
+        num_classes=dataset.num_classes,
         norm_momentum=config.norm_momentum,
         axis_name=None if group == 1 else AXIS,
         axis_index_groups=groups,
@@ -102,12 +101,17 @@ def accumulation_of(config: Config, num_devices: int) -> Accumulation:
 
 
 def training_of(
-    config: Config, network: nn.Module, num_train: int, devices: Sequence[jax.Device]
+    config: Config,
+    dataset: Dataset,
+    network: nn.Module,
+    num_train: int,
+    devices: Sequence[jax.Device],
 ) -> tuple[TrainState, TrainStep]:
     """Makes the initial state and the training step.
 
     Args:
         config: the options.
+        dataset: the data set.
         network: from `network_of`.
         num_train: examples of the training split.
         devices: those of all processes.
@@ -118,7 +122,7 @@ def training_of(
     if not optimizer.needs_norms:
         accumulation = dataclasses.replace(accumulation, num_norm_examples=0)
     body = TrainBody(
-        DATASETS[config.dataset],
+        dataset,
         optimizer,
         schedule,
         accumulation,
@@ -128,7 +132,7 @@ def training_of(
     )
     state = init_state(
         network,
-        image_shape_of(config),
+        image_shape_of(config, dataset),
         optimizer.transformation,
         config.seed,
         devices,

@@ -7,6 +7,7 @@ from typing import Literal
 
 from tyro.conf import Positional, Suppress
 
+from train.data.augmentation import AugmentationName
 from train.optimizers import OptimizerName
 from train.schedules import ScheduleName
 
@@ -32,10 +33,15 @@ class Config:
     Attributes:
         config: Named configuration that gives every option below its default. The file
             train/configs/ says what to run and what to expect of it.
-        dataset: digits, fashion-mnist or imagenet2012.
+        dataset: digits, fashion-mnist, imagenet2012, or what tensorflow-datasets calls a data set
+            for image classification that `python -m train.prepare` has prepared: NAME,
+            NAME/CONFIGURATION, each with :VERSION or without.
         model: Name of the network; train/models/ has one file per family.
         image_size: Height and width of what the network sees, in pixels. None: what is usual for
             the data set.
+        augmentation: What is done to the images to train on. crop: a random part, resized. shift:
+            moved by up to an eighth of the height. flip: mirrored half of the time, which turns
+            some characters into others. auto: what suits the data set.
         dtype: Numbers that the network computes with. Parameters, gradients, norms and the
             optimizer are float32 in any case.
         dropout_rate: Share of values that dropout sets to zero, where the paper of the network has
@@ -104,6 +110,7 @@ class Config:
     dataset: str = "digits"
     model: str = "resnet8"
     image_size: int | None = None
+    augmentation: Literal["auto", AugmentationName] = "auto"
     dtype: Literal["float32", "bfloat16"] = "float32"
     dropout_rate: float = 0.0
     zero_init_residual: bool = False

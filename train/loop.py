@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from train import checkpoint, metrics
 from train.body import Batch, make_eval_body
 from train.build import accumulation_of, image_shape_of, network_of, training_of
 from train.config import Config
-from train.data import DATASETS, Dataset
+from train.data import Dataset, dataset_of
 from train.data.dataset import Example
 from train.data.pipeline import eval_batches, train_batches
 from train.plots import plot_curves
@@ -66,14 +67,14 @@ def prepare(config: Config) -> Prepared:
             holds; then nothing has been written to it.
         FileNotFoundError: the data are not there.
     """
-    validate(config, jax.device_count(), jax.process_count())
-    dataset = DATASETS[config.dataset]
+    dataset = dataset_of(config.dataset, config.data_dir, config.augmentation)
+    validate(config, dataset, jax.device_count(), jax.process_count())
     train_examples = dataset.load(config.data_dir, "train")
     test_examples = dataset.load(config.data_dir, "test")
     validate_with_data(config, len(train_examples))
-    network = network_of(config, jax.device_count())
-    layers = _weights_by_depth(network, image_shape_of(config))
-    workdir = open_run_folder(config, len(train_examples), jax.devices())
+    network = network_of(config, dataset, jax.device_count())
+    layers = _weights_by_depth(network, image_shape_of(config, dataset))
+    workdir = open_run_folder(config, dataset, len(train_examples), jax.devices())
     return Prepared(config, dataset, train_examples, test_examples, network, layers, workdir)
 
 
@@ -90,7 +91,7 @@ def train(prepared: Prepared) -> None:
         f"{len(devices)} x {devices[0].device_kind}"
     )
     num_train = len(prepared.train_examples)
-    state, train_step = training_of(config, prepared.network, num_train, devices)
+    state, train_step = training_of(config, prepared.dataset, prepared.network, num_train, devices)
     evaluate = _make_evaluation(prepared, devices)
     eval_examples = max(round(config.eval_epochs * num_train), 1)
 
@@ -115,7 +116,11 @@ def train(prepared: Prepared) -> None:
                 epoch = step * config.batch_size / num_train
                 writer.write(step, {"epoch": epoch, **line})
                 progress.update(
-                    step, line["step_seconds"], line["train_loss"], line["train_accuracy"]
+                    step,
+                    seconds=line["step_seconds"],
+                    waited=line["data_seconds"],
+                    loss=line["train_loss"],
+                    accuracy=line["train_accuracy"],
                 )
                 since_evaluation = step * config.batch_size % eval_examples
                 if step == num_steps or since_evaluation < config.batch_size:
@@ -131,6 +136,7 @@ def train(prepared: Prepared) -> None:
         lines = metrics.read(prepared.workdir)
         plot_curves(lines, title, prepared.layers, prepared.workdir / "curves.png")
     console.print(f"held-out accuracy: {accuracy:.2%} of {len(prepared.test_examples)} examples")
+    console.print(f"waiting for data: {progress.waiting():.1%} of the time of the steps")
     console.print(f"run folder: {prepared.workdir}")
 
 
@@ -140,25 +146,28 @@ class _PiecesOnDevices:
     def __init__(self, batches: Iterator[Batch], devices: Sequence[jax.Device]) -> None:
         self._batches = batches
         self._devices = devices
-        self._ahead: collections.deque[Batch] = collections.deque()
+        # One thread, for an iterator serves only one at a time.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="pieces")
+        self._ahead: collections.deque[Future[Batch | None]] = collections.deque()
         self._seconds = 0.0
         self.prefetch()
 
     def take(self) -> Batch:
-        return self._ahead.popleft()
+        started = time.perf_counter()
+        batch = self._ahead.popleft().result()
+        self._seconds += time.perf_counter() - started
+        assert batch is not None
+        return batch
 
     def prefetch(self) -> None:
-        started = time.perf_counter()
+        self._ahead.append(self._thread.submit(self._fetch))
+
+    def _fetch(self) -> Batch | None:
         batch = next(self._batches, None)
-        self._seconds += time.perf_counter() - started
-        if batch is not None:
-            self._ahead.append(shard(batch, self._devices))
+        return batch and jax.block_until_ready(shard(batch, self._devices))
 
     def waited(self) -> float:
-        """Returns the seconds since the last call that went into waiting for the reader.
-
-        The devices may have been busy meanwhile.
-        """
+        """Returns the seconds since the last call in which the devices had to wait for a piece."""
         seconds, self._seconds = self._seconds, 0.0
         return seconds
 
@@ -171,7 +180,7 @@ def _pieces(prepared: Prepared, done: int) -> Iterator[Batch]:
         prepared.dataset,
         prepared.train_examples,
         batch_size=config.transfer_size or config.batch_size,
-        image_size=image_shape_of(prepared.config)[0],
+        image_size=image_shape_of(prepared.config, prepared.dataset)[0],
         seed=config.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
@@ -192,7 +201,7 @@ def _make_evaluation(
             prepared.dataset,
             prepared.test_examples,
             batch_size=at_a_time * len(devices),
-            image_size=image_shape_of(prepared.config)[0],
+            image_size=image_shape_of(prepared.config, prepared.dataset)[0],
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )

@@ -23,11 +23,13 @@ from jax.experimental import multihost_utils
 
 from train.build import accumulation_of
 from train.config import Config
+from train.data import Dataset
 
 CHECKPOINTS = "checkpoints"
 _CONFIG = "config.json"
 # What follows from the options, the data and the devices, and may not change either.
 _CONSEQUENCES = {
+    "dataset_version": "the data set",
     "num_train": "a number of training examples of",
     "norm_batch_size": "a number of examples in a BatchNorm batch of",
 }
@@ -37,13 +39,16 @@ _MAY_CHANGE = frozenset(
 )
 
 
-def open_run_folder(config: Config, num_train: int, devices: Sequence[jax.Device]) -> Path:
+def open_run_folder(
+    config: Config, dataset: Dataset, num_train: int, devices: Sequence[jax.Device]
+) -> Path:
     """Makes the run folder, or finds that the run in it may go on.
 
     Every process calls it, and where one of them finds something wrong, all raise.
 
     Args:
         config: the options.
+        dataset: the data set.
         num_train: examples of the training split.
         devices: those of all processes.
 
@@ -54,7 +59,7 @@ def open_run_folder(config: Config, num_train: int, devices: Sequence[jax.Device
         ValueError: the folder holds something else, or a run with other options; or a process has
             other options than the first one, or does not see its folder.
     """
-    record = _record(config, num_train, devices)
+    record = _record(config, dataset, num_train, devices)
     workdir = config.workdir
     if workdir is None:
         workdir = Path("runs") / f"{config.config}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -116,12 +121,15 @@ def _difference(workdir: Path, record: dict[str, Any]) -> str | None:
     return None
 
 
-def _record(config: Config, num_train: int, devices: Sequence[jax.Device]) -> dict[str, Any]:
+def _record(
+    config: Config, dataset: Dataset, num_train: int, devices: Sequence[jax.Device]
+) -> dict[str, Any]:
     at_a_time = accumulation_of(config, len(devices)).at_a_time
     return {
         **dataclasses.asdict(config),
         "learning_rate": config.base_learning_rate,
         "peak_learning_rate": config.peak_learning_rate,
+        "dataset_version": dataset.version,
         "num_train": num_train,
         "num_steps": config.num_steps(num_train),
         "norm_batch_size": at_a_time * (config.bn_group or len(devices)),

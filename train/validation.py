@@ -4,17 +4,18 @@ import math
 
 from train.build import network_of, optimizer_of, schedule_of
 from train.config import Config
-from train.data import DATASETS
+from train.data import Dataset
 
 # More than anybody's; it keeps the number of steps in range.
 MOST_EPOCHS = 1_000_000
 
 
-def validate(config: Config, num_devices: int, num_processes: int = 1) -> None:
-    """Checks the options before anything is read or written.
+def validate(config: Config, dataset: Dataset, num_devices: int, num_processes: int = 1) -> None:
+    """Checks the options before a split is opened or anything is written.
 
     Args:
         config: the options.
+        dataset: the data set.
         num_devices: the devices that share the batch, over all processes.
         num_processes: the processes that share the devices.
 
@@ -64,8 +65,6 @@ def validate(config: Config, num_devices: int, num_processes: int = 1) -> None:
     )
     if config.seed >= 2**32:
         raise ValueError(f"--seed is {config.seed}, but must be less than 2^32: lower it.")
-    if config.dataset not in DATASETS:
-        raise ValueError(f"--dataset is {config.dataset!r}, but must be {_either([*DATASETS])}.")
     if config.learning_rate is None and config.optimizer not in config.learning_rates:
         raise ValueError(
             f"--learning-rate is missing: the configuration {config.config} names none for "
@@ -80,7 +79,7 @@ def validate(config: Config, num_devices: int, num_processes: int = 1) -> None:
     _validate_warmup(config)
     _validate_sizes(config, num_devices)
     # The makers of network and optimizer say themselves what they do not take.
-    network_of(config, num_devices)
+    network_of(config, dataset, num_devices)
     optimizer = optimizer_of(config, config.peak_learning_rate, num_steps=1)
     for name, is_given in {
         "group_size": config.group_size > 1,

@@ -158,6 +158,21 @@ def test_training_images_are_moved_and_flipped():
     assert places == {(row, column) for row in range(10, 19) for column in range(6, 22)}
 
 
+def test_training_images_are_those_of_the_runs_so_far():
+    def augment(image, rng):
+        padded = np.pad(image, ((4, 4), (4, 4), (0, 0)))
+        top, left = rng.integers(8, size=2, endpoint=True)
+        moved = padded[top : top + 28, left : left + 28]
+        return moved[:, ::-1] if rng.random() < 0.5 else moved
+
+    here, there = (np.random.default_rng(5) for _ in range(2))
+    for pixels in made_up("train")[0]:
+        image = pixels[..., np.newaxis]
+        np.testing.assert_array_equal(
+            FASHION.augment({"image": image}, 28, here), augment(image, there)
+        )
+
+
 def test_test_images_stay_as_they_are():
     image = made_up("test")[0][0][..., np.newaxis]
 

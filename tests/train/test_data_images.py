@@ -1,7 +1,4 @@
-import io
-
 import numpy as np
-import PIL.Image
 import pytest
 
 from train.data import images
@@ -16,38 +13,6 @@ def ramp(height, width):
     """Red is the column, green the row, blue 255: an image that tells where a part comes from."""
     rows, columns = np.mgrid[:height, :width]
     return np.stack([columns, rows, np.full((height, width), 255)], axis=-1).astype(np.uint8)
-
-
-def encode(image, mode="RGB", **options):
-    file = io.BytesIO()
-    PIL.Image.fromarray(image).convert(mode).save(file, "JPEG", quality=95, **options)
-    return file.getvalue()
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_decodes_like_pillow(mode):
-    encoded = encode(ramp(120, 160), mode)
-
-    decoded = images.decode_jpeg(encoded, "photo")
-
-    expected = np.asarray(PIL.Image.open(io.BytesIO(encoded)).convert("RGB"))
-    assert decoded.dtype == np.uint8
-    np.testing.assert_allclose(decoded.astype(int), expected.astype(int), atol=3)
-
-
-def test_photo_is_not_turned():
-    exif = PIL.Image.Exif()
-    exif[0x0112] = 6  # Orientation: turn clockwise.
-
-    decoded = images.decode_jpeg(encode(ramp(120, 160), exif=exif), "photo")
-
-    assert decoded.shape == (120, 160, 3)
-
-
-@pytest.mark.parametrize("encoded", [b"", b"GIF89a and so on"])
-def test_damaged_photo_is_named(encoded):
-    with pytest.raises(ValueError, match=r"n01_7.JPEG cannot be decoded: it has \d+ bytes"):
-        images.decode_jpeg(encoded, "n01_7.JPEG")
 
 
 def test_resizing_to_the_same_size_does_nothing():

@@ -20,8 +20,25 @@ def imagenet_dir(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["resnet50", "densenet121", "mobilenetv2"])
+@pytest.fixture(scope="module")
+def imagenet_dir_from_tars(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tars")
+    tiny_imagenet.write_tars(folder)
+    tiny_imagenet.prepare(folder, folder / "prepared")
+    return folder / "prepared"
+
+
+@pytest.mark.tensorflow
+def test_resnet50_on_what_the_real_builder_wrote(imagenet_dir_from_tars, tmp_path):
+    ten_steps_with_a_kill_between("resnet50", imagenet_dir_from_tars, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["densenet121", "mobilenetv2"])
 def test_ten_steps_with_a_kill_between(name, imagenet_dir, tmp_path):
+    ten_steps_with_a_kill_between(name, imagenet_dir, tmp_path)
+
+
+def ten_steps_with_a_kill_between(name, imagenet_dir, tmp_path):
     def run():
         return start(
             *(f"imagenet-{name}", *OPTIONS, "--data-dir", imagenet_dir, "--workdir", tmp_path),

@@ -5,9 +5,11 @@ import jax
 import pytest
 
 from train.configs import CONFIGS
+from train.data import DATASETS
 from train.run_folder import open_run_folder
 
 CONFIG = dataclasses.replace(CONFIGS["digits"], batch_size=240, bn_group=1)
+DIGITS = DATASETS["digits"]
 DEVICES = jax.local_devices()
 
 
@@ -15,21 +17,21 @@ DEVICES = jax.local_devices()
 def begun(tmp_path):
     """The options of a run that has begun on four devices."""
     config = dataclasses.replace(CONFIG, workdir=tmp_path)
-    open_run_folder(config, 1437, DEVICES[:4])
+    open_run_folder(config, DIGITS, 1437, DEVICES[:4])
     return config
 
 
 def test_same_run_goes_on(begun):
     before = (begun.workdir / "config.json").read_text()
 
-    assert open_run_folder(begun, 1437, DEVICES[:4]) == begun.workdir
+    assert open_run_folder(begun, DIGITS, 1437, DEVICES[:4]) == begun.workdir
     assert (begun.workdir / "config.json").read_text() == before
 
 
 def test_record_that_a_kill_has_cut_off_is_written_again(tmp_path):
     (tmp_path / ".config.json").write_text('{"config":')
 
-    open_run_folder(dataclasses.replace(CONFIG, workdir=tmp_path), 1437, DEVICES)
+    open_run_folder(dataclasses.replace(CONFIG, workdir=tmp_path), DIGITS, 1437, DEVICES)
 
     record = json.loads((tmp_path / "config.json").read_text())
     assert record["num_steps"] == 180  # 30 * 1,437 = 179.6 * 240
@@ -40,15 +42,29 @@ def test_other_data_are_refused(begun):
     with pytest.raises(
         ValueError, match="with a number of training examples of 1437, but now it is 999:"
     ):
-        open_run_folder(begun, 999, DEVICES[:4])
+        open_run_folder(begun, DIGITS, 999, DEVICES[:4])
+
+
+def test_other_version_of_the_data_set_is_refused(begun):
+    config = dataclasses.replace(begun, workdir=begun.workdir / "prepared")
+    older, newer = (
+        dataclasses.replace(DIGITS, version=f"digits/{version}") for version in ("1.0.0", "1.0.1")
+    )
+    open_run_folder(config, older, 1437, DEVICES[:4])
+
+    open_run_folder(config, older, 1437, DEVICES[:4])
+    with pytest.raises(
+        ValueError, match=r"with the data set digits/1\.0\.0, but now it is digits/1"
+    ):
+        open_run_folder(config, newer, 1437, DEVICES[:4])
 
 
 def test_devices_may_change_if_the_examples_of_a_batch_norm_batch_stay_as_many(begun):
     with pytest.raises(
         ValueError, match="a number of examples in a BatchNorm batch of 60, but now it is 30:"
     ):
-        open_run_folder(begun, 1437, DEVICES)
+        open_run_folder(begun, DIGITS, 1437, DEVICES)
 
     apart = dataclasses.replace(begun, workdir=begun.workdir / "apart", microbatch_size=15)
     for num_devices in (4, 8, 2):
-        open_run_folder(apart, 1437, DEVICES[:num_devices])
+        open_run_folder(apart, DIGITS, 1437, DEVICES[:num_devices])

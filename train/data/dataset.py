@@ -27,6 +27,9 @@ class Dataset:
         augment: takes an example, the size and a random generator, and returns an image to train
             on, uint8 [size, size, channels]. It depends on nothing else, and runs in many threads.
         crop: takes an example and the size, and returns the image to test on, of the same kind.
+        random_crop: as `augment`, but always a random part of the image, and never flipped.
+        version: name, configuration and version of the files that are read, where the name that the
+            user gives leaves these open; a run goes on with no others.
     """
 
     num_classes: int
@@ -37,6 +40,8 @@ class Dataset:
     load: Callable[[Path | None, str], Sequence[Example]]
     augment: Callable[[Example, int, np.random.Generator], np.ndarray]
     crop: Callable[[Example, int], np.ndarray]
+    random_crop: Callable[[Example, int, np.random.Generator], np.ndarray]
+    version: str | None = None
 
     def image_shape(self, size: int) -> tuple[int, int, int]:
         """Returns height, width and channels of an image of the given size."""

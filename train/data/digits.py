@@ -15,6 +15,7 @@ import sklearn.model_selection
 import tensorflow_datasets as tfds
 
 from train.data import images
+from train.data.augmentation import make_augment
 from train.data.dataset import Dataset, Example
 
 NUM_TEST = 360
@@ -78,14 +79,13 @@ def load(data_dir: Path | None, split: str) -> Sequence[Example]:
 
 
 def crop(example: Example, size: int) -> np.ndarray:
-    """Returns the image."""
+    """Returns the image, resized where another size is asked for."""
     return images.resize(example["image"], size, size)
 
 
-def augment(example: Example, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Returns the image: a digit that is flipped is another one, and 8 pixels leave no margin."""
-    del rng
-    return crop(example, size)
+def random_crop(example: Example, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Returns a random part of the image."""
+    return images.random_resized_crop(example["image"], size, rng)
 
 
 DATASET = Dataset(
@@ -95,6 +95,8 @@ DATASET = Dataset(
     mean=(4.886,),
     std=(6.018,),
     load=load,
-    augment=augment,
+    # A digit that is flipped is another one, and 8 pixels leave no margin.
+    augment=make_augment("none", crop, random_crop),
     crop=crop,
+    random_crop=random_crop,
 )

@@ -15,6 +15,7 @@ from typing import overload
 import numpy as np
 
 from train.data import images, prepared
+from train.data.augmentation import make_augment
 from train.data.dataset import Dataset, Example
 
 # Where Debian's package dataset-fashion-mnist puts the authors' files.
@@ -86,15 +87,14 @@ def load(data_dir: Path | None, split: str) -> Arrays:
     )
 
 
-def augment(example: Example, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Returns the image moved by up to four pixels, flipped or not."""
-    image = images.random_flip(images.random_shift(example["image"], 4, rng), rng)
-    return images.resize(image, size, size)
-
-
 def crop(example: Example, size: int) -> np.ndarray:
-    """Returns the image."""
+    """Returns the image, resized where another size is asked for."""
     return images.resize(example["image"], size, size)
+
+
+def random_crop(example: Example, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Returns a random part of the image."""
+    return images.random_resized_crop(example["image"], size, rng)
 
 
 def _read(image_file: Path, label_file: Path) -> Arrays:
@@ -136,6 +136,7 @@ DATASET = Dataset(
     mean=(72.94,),
     std=(90.02,),
     load=load,
-    augment=augment,
+    augment=make_augment("shift-flip", crop, random_crop),
     crop=crop,
+    random_crop=random_crop,
 )

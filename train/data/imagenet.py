@@ -1,7 +1,7 @@
 """ImageNet (ILSVRC 2012), 1,281,167 photos of 1,000 classes, as `tensorflow-datasets` stores it.
 
 It is read from ArrayRecord files, whose photos are JPEG files as they were; no TensorFlow is
-needed for that. To write the files is not this module's business.
+needed for that. `python -m train.prepare imagenet` writes them.
 
 References:
     Russakovsky et al., "ImageNet Large Scale Visual Recognition Challenge", IJCV 2015.
@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 
-from train.data import images, prepared
+from train.data import encoded, images, prepared
+from train.data.augmentation import make_augment
 from train.data.dataset import Dataset, Example
 
 NAME = "imagenet2012"
@@ -43,19 +44,18 @@ def load(data_dir: Path | None, split: str) -> Sequence[Example]:
     return builder.as_data_source(SPLITS[split], decoders={"image": tfds.decode.SkipDecoding()})
 
 
-def augment(example: Example, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Returns a random view of the photo, flipped or not."""
-    photo = images.random_resized_crop(_decode(example), size, rng)
-    return images.random_flip(photo, rng)
+def random_crop(example: Example, size: int, rng: np.random.Generator) -> np.ndarray:
+    """Returns a random part of the photo."""
+    return encoded.random_resized_crop(example["image"], 3, _name(example), size, rng)
 
 
 def crop(example: Example, size: int) -> np.ndarray:
     """Returns the centre of the photo."""
-    return images.resized_centre(_decode(example), size)
+    return images.resized_centre(encoded.decode(example["image"], 3, _name(example)), size)
 
 
-def _decode(example: Example) -> np.ndarray:
-    return images.decode_jpeg(example["image"], example["file_name"].decode())
+def _name(example: Example) -> str:
+    return example["file_name"].decode()
 
 
 def _missing(folder: Path, split: str) -> str:
@@ -67,8 +67,8 @@ def _missing(folder: Path, split: str) -> str:
         f"ImageNet's split {split!r} is not there: {folder} {found}, where a folder 5.x.x was "
         f"expected with dataset_info.json, features.json and {NAME}-{split}.array_record-* files, "
         "as tensorflow-datasets writes them with file_format='array_record' (not tfrecord). Name "
-        f"the folder that holds {NAME} with --data-dir, or prepare the data set there in this "
-        "format."
+        f"the folder that holds {NAME} with --data-dir, or write them with "
+        "`python -m train.prepare imagenet`."
     )
 
 
@@ -80,6 +80,7 @@ DATASET = Dataset(
     mean=(123.675, 116.28, 103.53),
     std=(58.395, 57.12, 57.375),
     load=load,
-    augment=augment,
+    augment=make_augment("crop-flip", crop, random_crop),
     crop=crop,
+    random_crop=random_crop,
 )

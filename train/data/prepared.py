@@ -1,8 +1,15 @@
 """Data sets that `tensorflow-datasets` has prepared before, read without TensorFlow."""
 
+import re
 from pathlib import Path
 
 import tensorflow_datasets as tfds
+
+# As tensorflow-datasets takes them, but for arguments of a builder and for the sets of others.
+_NAME = re.compile(
+    r"(?P<name>[a-zA-Z]\w*)(/(?P<config>\w[\w+.-]*))?(:(?P<version>(\d+|\*)(\.(\d+|\*)){2}))?",
+    re.ASCII,
+)
 
 
 def folder(data_dir: Path | None) -> Path:
@@ -28,3 +35,46 @@ def find(name: str, version: str, data_dir: Path | None) -> tfds.core.DatasetBui
         return tfds.builder(f"{name}:{version}", data_dir=data_dir, file_format="array_record")
     except ValueError:  # It was prepared in another format.
         return None
+
+
+def is_name(name: str) -> bool:
+    """Whether it is of the form NAME, NAME/CONFIGURATION, NAME:VERSION or all three."""
+    return _NAME.fullmatch(name) is not None
+
+
+def folders(name: str, data_dir: Path | None) -> list[Path]:
+    """Lists where a data set is prepared, in whatever format, the newest version last.
+
+    Args:
+        name: as `is_name` says. Without a configuration it is the default one of a data set that
+            has several; without a version it is every version.
+        data_dir: the data folder; None for the default of `tensorflow-datasets`.
+    """
+    parts = _NAME.fullmatch(name)
+    assert parts is not None
+    above = folder(data_dir) / tfds.core.naming.camelcase_to_snakecase(parts["name"])
+    config = parts["config"] or tfds.core.dataset_builder.load_default_config_name(above) or ""
+    return [
+        above / config / str(version)
+        for version in tfds.core.utils.version.list_all_versions(above / config)
+        if version.match(parts["version"] or "*.*.*")
+        and (above / config / str(version) / "dataset_info.json").is_file()
+    ]
+
+
+def open_folder(prepared: Path) -> tfds.core.DatasetBuilder:
+    """Opens a data set for reading by what lies in its folder; nobody's code is run.
+
+    Args:
+        prepared: one of `folders`.
+
+    Raises:
+        FileNotFoundError: if there are no ArrayRecord files.
+    """
+    try:
+        return tfds.builder_from_directory(prepared, file_format="array_record")
+    except ValueError as error:
+        raise FileNotFoundError(
+            f"{prepared} cannot be read: {str(error).splitlines()[0]} Expected are ArrayRecord "
+            "files: write them with `python -m train.prepare`."
+        ) from error
