@@ -135,8 +135,8 @@ def train(prepared: Prepared) -> None:
         )
         lines = metrics.read(prepared.workdir)
         plot_curves(lines, title, prepared.layers, prepared.workdir / "curves.png")
-    console.print(f"held-out accuracy: {accuracy:.2%} of {len(prepared.test_examples)} examples")
     console.print(f"waiting for data: {progress.waiting():.1%} of the time of the steps")
+    console.print(f"held-out accuracy: {accuracy:.2%} of {len(prepared.test_examples)} examples")
     console.print(f"run folder: {prepared.workdir}")
 
 
