@@ -1,6 +1,5 @@
 """CLARS: layer-wise rates from the mean norm of the per-example gradients."""
 
-import math
 from typing import Any
 
 import jax
@@ -8,6 +7,13 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from clars_optax._checks import (
+    check_alike,
+    check_non_negative,
+    check_real,
+    check_scalars,
+    checked_mask,
+)
 from clars_optax._trust_ratio import (
     is_hole,
     key_names,
@@ -83,6 +89,7 @@ def scale_by_clars(
     ``w`` or ``n`` is zero  min(max_trust_ratio, 1)
     leaf masked out         1, the leaf's update passes unchanged
     ``n`` NaN or infinite   NaN: never hidden
+    a norm is negative      NaN: it is no norm
     low-precision leaves    norms and ratio in float32, the update keeps its dtype
     ======================  ==========================================================
 
@@ -100,8 +107,10 @@ def scale_by_clars(
       The corresponding :class:`optax.GradientTransformationExtraArgs`.
 
     Raises:
+      TypeError: if an argument is not a real scalar; from ``update`` if a leaf is not a real
+        floating-point array.
       ValueError: if an argument is negative or NaN; from ``update`` if ``params`` or
-        ``example_grad_norms`` is missing, or the norms do not fit the parameters.
+        ``example_grad_norms`` is missing, or updates or norms do not fit the parameters.
 
     Example:
       >>> import clars_optax
@@ -115,7 +124,7 @@ def scale_by_clars(
       >>> [f"{u:.3f}" for u in updates]  # half of the gradient [3, 9]
       ['1.500', '4.500']
     """
-    _check_non_negative(
+    check_non_negative(
         trust_coefficient=trust_coefficient, max_trust_ratio=max_trust_ratio, eps=eps
     )
 
@@ -132,11 +141,9 @@ def scale_by_clars(
         **extra_args: Any,
     ) -> tuple[Any, optax.EmptyState]:
         del extra_args
-        if params is None:
-            raise ValueError(
-                "`params` is missing: CLARS scales each update by the norm of its parameter. Call "
-                "`tx.update(grads, state, params, example_grad_norms=norms)`."
-            )
+        _check_given(params)
+        # A parameter that has no update needs no norm either.
+        check_alike("updates", updates, "params", params, ignore_masked=True)
         if example_grad_norms is None:
             raise ValueError(
                 "`example_grad_norms` is missing: CLARS needs the norms of the per-example "
@@ -145,7 +152,6 @@ def scale_by_clars(
                 " drops extra arguments, as `optax.MultiSteps.gradient_transformation()` and "
                 "`TrainState.apply_gradients` of Flax do."
             )
-        # A parameter that has no update needs no norm either.
         live = jax.tree.map(lambda u, p: u if is_hole(u) else p, updates, params, is_leaf=is_hole)
 
         def scale(update: Any, param: Any, norm: Any) -> Any:
@@ -226,7 +232,8 @@ def clars(
       norms as ``example_grad_norms``.
 
     Raises:
-      ValueError: as :func:`scale_by_clars`.
+      TypeError, ValueError: as :func:`scale_by_clars`; from ``update`` also if a mask or the state
+        does not fit the parameters.
 
     Example:
       >>> import clars_optax
@@ -254,16 +261,28 @@ def clars(
       Huo et al., `Large Batch Training Does Not Need Warmup
       <https://arxiv.org/abs/2002.01576>`_, 2020
     """
+    check_scalars(momentum=momentum)
+    for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
+        if not callable(value):
+            check_scalars(**{name: value})
+    if weight_decay_mask is not None:
+        weight_decay_mask = checked_mask("weight_decay_mask", weight_decay_mask)
     chain = optax.chain(
         optax.add_decayed_weights(weight_decay, mask=weight_decay_mask),
         optax.trace(decay=momentum, nesterov=nesterov),
-        optax.masked(scale_by_clars(trust_coefficient, max_trust_ratio, eps), trust_ratio_mask),
+        optax.masked(
+            scale_by_clars(trust_coefficient, max_trust_ratio, eps),
+            checked_mask("trust_ratio_mask", trust_ratio_mask),
+        ),
         optax.scale_by_learning_rate(learning_rate),
     )
 
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, Any]:
+        _check_given(params)
+        check_alike("updates", updates, "params", params)
+        check_alike("updates", updates, "state", _momentum_buffer(state))
         new_updates, new_state = chain.update(updates, state, params, **extra_args)
         # Hyperparameters that are arrays (`inject_hyperparams`) promote bfloat16 leaves, and a
         # state that changes its dtype recompiles the step and cannot be carried by `lax.scan`.
@@ -288,6 +307,8 @@ def from_example_grads(
       The corresponding :class:`optax.GradientTransformationExtraArgs`.
 
     Raises:
+      TypeError: if ``tx`` is no transformation; from ``update`` if a leaf is not a real
+        floating-point array.
       ValueError: from ``update`` if the leaves do not share a leading axis.
 
     Example:
@@ -302,11 +323,17 @@ def from_example_grads(
       >>> updates.shape
       (2, 2)
     """
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise TypeError(
+            f"`tx` is of type {type(tx).__name__}: expected is an optimizer of Optax. Pass "
+            "`clars_optax.clars(learning_rate)`, for instance."
+        )
     tx = optax.with_extra_args_support(tx)
 
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, Any]:
+        check_real("updates", updates)
         shapes = [
             (leaf_name(p), jnp.shape(g)) for p, g in jax.tree_util.tree_leaves_with_path(updates)
         ]
@@ -323,11 +350,23 @@ def from_example_grads(
     return optax.GradientTransformationExtraArgs(tx.init, update_fn)
 
 
-def _check_non_negative(**arguments: ArrayLike) -> None:
-    for name, value in arguments.items():
-        # Arrays may be traced, as they are under `inject_hyperparams`.
-        if isinstance(value, int | float) and (math.isnan(value) or value < 0):
-            raise ValueError(f"`{name}` is {value}: expected is a number of at least 0.")
+def _check_given(params: Any) -> None:
+    if params is None:
+        raise ValueError(
+            "`params` is missing: CLARS scales each update by the norm of its parameter. Call "
+            "`tx.update(grads, state, params, example_grad_norms=norms)`."
+        )
+
+
+def _momentum_buffer(state: Any) -> Any:
+    parts = jax.tree.leaves(state, is_leaf=lambda part: isinstance(part, optax.TraceState))
+    buffers = [part.trace for part in parts if isinstance(part, optax.TraceState)]
+    if len(buffers) != 1:
+        raise ValueError(
+            f"`state` is of type {type(state).__name__}, without the momentum of `clars`: pass what"
+            " `tx.init(params)` or the last `tx.update` returned."
+        )
+    return buffers[0]
 
 
 def _cast_like(tree: Any, other: Any) -> Any:

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from clars_optax._checks import check_alike, check_non_negative, checked_mask
 from clars_optax._clars import default_mask
-from clars_optax._trust_ratio import leaf_name, match_norms, trust_ratio
+from clars_optax._trust_ratio import is_hole, leaf_name, match_norms, trust_ratio
 
 
 class Diagnostics(NamedTuple):
@@ -91,8 +92,9 @@ def diagnostics(
       A :class:`Diagnostics` of trees like ``params``.
 
     Raises:
-      ValueError: if the sizes contradict each other, or a leaf of ``norms`` is a scalar and there
-        are no ``mean_square_norms``.
+      TypeError: if a size is no integer, or a leaf is not a real floating-point array.
+      ValueError: if the sizes contradict each other, the trees do not fit each other, or a leaf of
+        ``norms`` is a scalar and there are no ``mean_square_norms``.
 
     Example:
       >>> import clars_optax
@@ -109,12 +111,16 @@ def diagnostics(
       McCandlish et al., `An Empirical Model of Large-Batch Training
       <https://arxiv.org/abs/1812.06162>`_, 2018
     """
-    batch_size, group_size = operator.index(batch_size), operator.index(group_size)
+    batch_size, group_size = _size("batch_size", batch_size), _size("group_size", group_size)
     if group_size < 1 or batch_size % group_size or batch_size < 1:
         raise ValueError(
             f"`batch_size` is {batch_size} and `group_size` is {group_size}: expected is a batch of"
             " one or more whole groups. `batch_size` counts the examples of all devices."
         )
+    check_non_negative(
+        trust_coefficient=trust_coefficient, max_trust_ratio=max_trust_ratio, eps=eps
+    )
+    check_alike("params", params, "grads", grads, ignore_masked=True)
     vectors = match_norms(params, norms, "norms")
     squares: Any
     if mean_square_norms is None:
@@ -137,13 +143,15 @@ def diagnostics(
                 f"`batch_size`, {batch_size}, which counts those of all devices."
             )
 
-    mask = trust_ratio_mask(params) if callable(trust_ratio_mask) else trust_ratio_mask
+    mask = checked_mask("trust_ratio_mask", trust_ratio_mask)(params)
     mask = jax.tree.map(lambda m, p: jax.tree.map(lambda _: m, p), mask, params)
 
     def mean(x: Any) -> Any:
         return x if axis_name is None else jax.lax.pmean(x, axis_name)
 
-    def of_leaf(param: Any, is_scaled: bool, grad: Any, vector: Any, square: Any) -> Diagnostics:
+    def of_leaf(param: Any, is_scaled: Any, grad: Any, vector: Any, square: Any) -> Diagnostics:
+        if is_hole(param):
+            return Diagnostics(param, param, param, param)
         mean_norm = mean(jnp.mean(vector))
         small = mean(jnp.mean(square))
         big = jnp.sum(jnp.square(mean(jnp.asarray(grad, jnp.float32))))
@@ -160,7 +168,21 @@ def diagnostics(
             noise_scale=noise_scale,
         )
 
-    rows = jax.tree.map(of_leaf, params, mask, grads, vectors, squares)
-    return jax.tree.transpose(
-        jax.tree.structure(params), jax.tree.structure(Diagnostics(0, 0, 0, 0)), rows
+    rows = jax.tree.map(of_leaf, params, mask, grads, vectors, squares, is_leaf=is_hole)
+    return Diagnostics(
+        *(
+            jax.tree.map(operator.itemgetter(i), rows, is_leaf=lambda x: isinstance(x, Diagnostics))
+            for i in range(len(Diagnostics._fields))
+        )
     )
+
+
+def _size(name: str, size: Any) -> int:
+    try:
+        if isinstance(size, bool):
+            raise TypeError
+        return operator.index(size)
+    except TypeError:
+        raise TypeError(
+            f"`{name}` is {size!r}: expected is an int, the number of examples."
+        ) from None

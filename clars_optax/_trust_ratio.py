@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -60,7 +61,8 @@ def leaf_name(path: tuple[Any, ...]) -> str:
 
 
 def _checked_norm(norm: Any, name: str) -> jax.Array:
-    dtype, shape = jnp.result_type(norm), jnp.shape(norm)
+    dtype = norm.dtype if hasattr(norm, "dtype") else jnp.result_type(norm)
+    shape = np.shape(norm)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
             f"{name} has dtype {dtype}: expected are norms, floating-point numbers. Convert them "
@@ -72,7 +74,9 @@ def _checked_norm(norm: Any, name: str) -> jax.Array:
             "scalar, their mean. If these are the per-example gradients themselves, use "
             "`clars_optax.from_example_grads`."
         )
-    return jnp.asarray(norm, jnp.float32)
+    norm = jnp.asarray(norm, jnp.float32)
+    # Under `jit` there is no value to refuse; a mean could hide a negative one.
+    return jnp.where(norm < 0, jnp.nan, norm)
 
 
 def l2_norm(x: jax.Array) -> jax.Array:

@@ -248,3 +248,45 @@ def test_finds_the_minimum_of_a_quadratic():
         updates, state = update(grad, state, params, example_grad_norms=norm)
         params = optax.apply_updates(params, updates)
     np.testing.assert_allclose(params, target, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        (None, ValueError, "does not fit `params`: "),
+        ({"other": True}, ValueError, r"only `{}` has \['other'\], only `params` has \['w'\]"),
+        ("no", TypeError, "at the root is of type str: expected is a Python boolean"),
+        (lambda p: {"w": 1}, TypeError, r"at \['w'\] is of type int: expected is a Python boolean"),
+    ],
+)
+def test_masks_that_do_not_fit(mask, error, message):
+    names = ["trust_ratio_mask"]
+    if mask is not None:  # In Optax, all weights decay without a mask.
+        names.append("weight_decay_mask")
+    for name in names:
+        tx = clars_optax.clars(0.1, **{name: mask})
+        with pytest.raises(error, match=f"^`{name}` .*{message.format(name)}"):
+            tx.init({"w": jnp.ones((2, 2))})
+
+
+def test_the_state_of_other_parameters_is_refused():
+    params, norms = {"w": jnp.ones((2, 2))}, {"w": jnp.ones(3)}
+    tx = clars_optax.clars(0.1)
+    for other, message in (
+        (
+            {"w": jnp.ones(2)},
+            r"`updates` at \['w'\] has shape \(2, 2\), but `state` has shape \(2,\)",
+        ),
+        ({"v": jnp.ones(2)}, r"only `updates` has \['w'\], only `state` has \['v'\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tx.update(params, tx.init(other), params, example_grad_norms=norms)
+    for state in (None, (), optax.EmptyState()):
+        with pytest.raises(ValueError, match=r"^`state` is of type .*`tx\.init\(params\)`"):
+            tx.update(params, state, params, example_grad_norms=norms)
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "momentum", "weight_decay"])
+def test_rates_that_are_no_scalars(name):
+    with pytest.raises(TypeError, match=rf"^`{name}` is float32\[2\]: expected is a number"):
+        clars_optax.clars(**{"learning_rate": 0.1, name: jnp.ones(2)})

@@ -1,5 +1,8 @@
 """`diagnostics` against formulas in NumPy on explicit per-example gradients."""
 
+from typing import Any
+
+import equinox as eqx
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -188,6 +191,34 @@ def test_trees_may_be_of_any_kind():
         assert jax.tree.structure(field) == jax.tree.structure(params)
 
 
+def test_an_empty_tree_and_masked_leaves_stay():
+    assert clars_optax.diagnostics({}, {}, {}, batch_size=4) == ({}, {}, {}, {})
+    masked = optax.MaskedNode()
+    params = {"w": np.ones((2, 2)), "masked": masked, "none": None}
+    grads, norms = jax.tree.map(np.ones_like, params), {"w": np.ones(4)}
+    for others in ({"masked": masked, "none": None}, {"masked": np.ones(2), "none": np.ones(2)}):
+        result = clars_optax.diagnostics(
+            params, {**grads, **others}, {**norms, **others}, batch_size=4
+        )
+        for field in result:
+            assert jax.tree.structure(field) == jax.tree.structure(params)
+        assert result.variance_factor["w"] == 0.25
+
+
+def test_a_mask_may_be_a_model_that_can_be_called():
+    class Model(eqx.Module):
+        kernel: Any
+
+        def __call__(self, x):
+            return x @ self.kernel
+
+    model = Model(np.ones((2, 2), np.float32))
+    result = clars_optax.diagnostics(
+        model, model, Model(np.ones(4)), batch_size=4, trust_ratio_mask=Model(False)
+    )
+    assert result.trust_ratio.kernel == 1.0
+
+
 @pytest.mark.parametrize("averaged", [False, True])
 @pytest.mark.parametrize("mapper", ["pmap", "shard_map"])
 def test_devices_equal_one(averaged, mapper):
@@ -242,6 +273,32 @@ def test_errors(norms, sizes, message):
         clars_optax.diagnostics(
             params, params, {"w": norms}, batch_size=batch_size, group_size=group_size
         )
+
+
+@pytest.mark.parametrize(
+    ("grad", "error", "message"),
+    [
+        (np.ones((2, 2), np.complex64), TypeError, r"`grads` at \['w'\] is complex64\[2, 2\]"),
+        (optax.MaskedNode(), TypeError, r"`grads` at \['w'\] is of type MaskedNode"),
+        (None, TypeError, r"`grads` at \['w'\] is None"),
+        (
+            np.ones(4),
+            ValueError,
+            r"`params` at \['w'\] has shape \(2, 2\), but `grads` has .* \(4,\)",
+        ),
+    ],
+)
+def test_gradients_that_do_not_fit(grad, error, message):
+    params, norms = {"w": np.ones((2, 2))}, {"w": np.ones(4)}
+    with pytest.raises(error, match=message):
+        clars_optax.diagnostics(params, {"w": grad}, norms, batch_size=4)
+
+
+@pytest.mark.parametrize("size", [True, 2.0, "2", None])
+@pytest.mark.parametrize("name", ["batch_size", "group_size"])
+def test_sizes_that_are_no_integers(name, size):
+    with pytest.raises(TypeError, match=f"^`{name}` is {size!r}: expected is an int"):
+        of_leaf(1.0, [1.0, 1.0], **{"batch_size": 2, name: size})
 
 
 def test_the_batch_size_of_one_device_is_refused():

@@ -88,3 +88,10 @@ def test_refuses_leaves_without_a_common_leading_axis(grads, message):
     tx = clars_optax.from_example_grads(spy())
     with pytest.raises(ValueError, match=message):
         tx.update(grads, optax.EmptyState())
+
+
+@pytest.mark.parametrize("dtype", [np.complex64, np.int32])
+def test_refuses_leaves_that_are_no_gradients(dtype):
+    tx = clars_optax.from_example_grads(spy())
+    with pytest.raises(TypeError, match=r"^`updates` at \['a'\] is .*: expected is a real"):
+        tx.update({"a": np.ones((4, 2), dtype)}, optax.EmptyState())

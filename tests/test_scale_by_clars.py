@@ -50,6 +50,9 @@ def ratio(param, norm, **kwargs):
         (W, math.inf, {"max_trust_ratio": math.inf}, math.nan),
         (0 * W, [1.0, math.nan], {}, math.nan),
         (0 * W, math.inf, {}, math.nan),
+        # Norms are not negative, and a mean does not hide that one is.
+        (W, [3.0, -1.0], {}, math.nan),
+        (W, -1.0, {}, math.nan),
     ],
 )
 def test_edge_cases(param, norm, kwargs, expected):
@@ -233,7 +236,7 @@ def test_the_root_has_a_name():
 
 
 @pytest.mark.parametrize("name", ["trust_coefficient", "max_trust_ratio", "eps"])
-@pytest.mark.parametrize("value", [-1.0, -1, math.nan])
+@pytest.mark.parametrize("value", [-1.0, -1, math.nan, np.float32(-1.0)])
 def test_arguments_below_zero(name, value):
     with pytest.raises(ValueError, match=f"`{name}` is {value}: expected is a number of at least"):
         clars_optax.scale_by_clars(**{name: value})
@@ -247,3 +250,40 @@ def test_traced_arguments_are_not_checked():
         return tx.update(W, optax.EmptyState(), W, example_grad_norms=np.float32(1.0))[0]
 
     np.testing.assert_allclose(jax.jit(f)(1.0), W * 0.01 * 5 / 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", ["1", (1.0,), np.ones(2), 1j, True, None])
+@pytest.mark.parametrize("name", ["trust_coefficient", "max_trust_ratio", "eps"])
+def test_arguments_that_are_no_scalars(name, value):
+    with pytest.raises(TypeError, match=f"^`{name}` is .*: expected is a number"):
+        clars_optax.scale_by_clars(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("leaf", "error", "message"),
+    [
+        # The imaginary part was dropped, the fraction cut off, the vector broadcast.
+        (np.ones((2, 2), np.complex64), TypeError, r"is complex64\[2, 2\]: expected is a real"),
+        (np.ones((2, 2), np.int32), TypeError, r"is int32\[2, 2\]: expected is a real"),
+        (W[0], ValueError, r"has shape \(2,"),
+        ({"deeper": W}, ValueError, r"different trees: .*\['deeper'\]"),
+    ],
+    ids=["complex", "integer", "shape", "subtree"],
+)
+@pytest.mark.parametrize("which", ["updates", "params"])
+@pytest.mark.parametrize("tx", [clars_optax.scale_by_clars(), clars_optax.clars(0.1)])
+def test_updates_that_do_not_fit(tx, which, leaf, error, message):
+    trees = {"updates": UPDATES, "params": PARAMS}
+    trees[which] = {**trees[which], "head": leaf}
+    with pytest.raises(error, match=message) as raised:
+        tx.update(trees["updates"], tx.init(PARAMS), trees["params"], example_grad_norms=NORMS)
+    assert "['head']" in str(raised.value)
+
+
+def test_the_paths_that_two_trees_do_not_share():
+    tx = clars_optax.scale_by_clars()
+    message = r"different trees: only `updates` has \['head'\], only `params` has \['tail'\]\. "
+    with pytest.raises(ValueError, match=message):
+        tx.update(
+            {"head": W}, tx.init(W), {"tail": W}, example_grad_norms={"head": np.float32(1.0)}
+        )

@@ -1,14 +1,19 @@
 """The command line: `python -m train [configuration] [options]`."""
 
+import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
+import jax
 import tyro
 
 from train import processes
 from train.config import Config
 from train.configs import CONFIGS
-from train.loop import prepare, train
+from train.errors import RunError
+from train.loop import train
+from train.setup import prepare
 from train.validation import validate_cluster
 
 
@@ -32,9 +37,35 @@ def main() -> None:
         processes.join(config)
         prepared = prepare(config)
     except (ValueError, OSError) as error:
-        print(f"python -m train: {error}", file=sys.stderr)
+        _say(error)
         sys.exit(2)
-    train(prepared)
+    except KeyboardInterrupt:
+        _say("interrupted before the first step: nothing is lost.")
+        sys.exit(130)
+    try:
+        train(prepared)
+    except RunError as error:
+        if error.exit_code > 128:  # All processes end with the same step.
+            processes.leave()
+        _exit(error, error.exit_code)
+    except OSError as error:
+        _exit(f"{error}. The last checkpoint is safe: the same command goes on from it.", 1)
+    except jax.errors.JaxRuntimeError as error:
+        loss = processes.describe_loss(error)
+        if loss is None:
+            raise
+        _exit(loss, 1)
+
+
+def _say(problem: object) -> None:
+    print(f"python -m train: {problem}", file=sys.stderr, flush=True)
+
+
+def _exit(problem: object, code: int) -> NoReturn:
+    _say(problem)
+    sys.stdout.flush()
+    # Not sys.exit: threads that read ahead would be waited for, with a large batch for long.
+    os._exit(code)
 
 
 if __name__ == "__main__":

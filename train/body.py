@@ -14,6 +14,7 @@ import optax
 
 import clars_optax
 from train.data import Dataset
+from train.finite import finite_leaves
 from train.optimizers import Optimizer
 from train.state import TrainState
 
@@ -135,7 +136,11 @@ class TrainBody:
         return jax.tree.map(lambda old, x: jnp.where(index == 0, x, old + x), sums, new)
 
     def finish(self, state: TrainState, sums: Sums) -> tuple[TrainState, Metrics]:
-        """Takes the step when all pieces are through: here the devices meet, and in BatchNorm."""
+        """Takes the step when all pieces are through: here the devices meet, and in BatchNorm.
+
+        Where something is not finite, nothing but the count of steps changes, and "finite" in the
+        metrics says what it was: by the name of a tree, what `finite_leaves` finds of it.
+        """
         pieces = self.accumulation.pieces
         groups = max(self.accumulation.num_norm_examples // self.accumulation.group_size, 1)
         counts = 4 * [pieces] + 2 * [groups]
@@ -159,13 +164,24 @@ class TrainBody:
                 state.params, means.grads, norms, square_norms, state.opt_state
             ),
         }
-        state = state.apply_gradients(
+        updated = state.apply_gradients(
             grads=means.grads,
             batch_stats=means.batch_stats,
             example_grad_norms=norms,
             example_grad_square_norms=square_norms,
         )
-        return state, metrics
+        finite = {
+            "loss": finite_leaves(means.loss),
+            "gradient": finite_leaves(means.grads),
+            "norms": finite_leaves(norms),
+            "running averages": finite_leaves(means.batch_stats),
+        }
+        causes = jnp.all(jnp.concatenate(list(finite.values())))
+        # That the weights follow these is not worth a word.
+        finite["weights"] = finite_leaves(updated.params) | ~causes
+        all_finite = causes & jnp.all(finite["weights"])
+        kept = jax.tree.map(lambda new, old: jnp.where(all_finite, new, old), updated, state)
+        return kept.replace(step=updated.step), {**metrics, "finite": finite}
 
     def _of_piece(self, state: TrainState, batch: Batch, index: jax.Array, num_norms: int) -> Sums:
         # Each device differentiates with respect to a copy of its own: where shard_map knows the

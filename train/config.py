@@ -87,8 +87,16 @@ class Config:
             not larger takes it at once. None: the whole share.
         transfer_size: Examples that are copied to the devices at a time, over all devices, to save
             memory there and on the hosts. It must divide the batch. None: the whole batch.
-        eval_epochs: Epochs between evaluations, each with a checkpoint; the last one and the best
-            one are kept. The end of the run has them in any case.
+        eval_epochs: Epochs between evaluations, each with a checkpoint. The end of the run has them
+            in any case. The last two checkpoints and the best one are kept.
+        checkpoint_steps: Steps between checkpoints besides. None: none besides.
+        on_nonfinite: What happens where the loss, a gradient, a norm or a new weight is not finite.
+            stop: the run ends, with a checkpoint of the state before. skip: the update is dropped,
+            and counted in the metrics.
+        max_nonfinite_steps: With skip: updates in a row that are dropped; one more ends the run.
+        max_bad_examples: Examples of a split that a process may pass over because they cannot be
+            decoded, or their label is out of range; one more ends the run. In training another
+            example takes the place, in evaluation none does. They are counted in the metrics.
         seed: Seed of the initial parameters, of the order of the examples, of their augmentation
             and of dropout. The same seed gives the same numbers.
         workdir: Run folder, where configuration, metrics, curves and checkpoints go. None:
@@ -102,6 +110,7 @@ class Config:
             Slurm, Open MPI, Kubernetes). None: a single process.
         num_processes: Number of processes; left out with "auto".
         process_id: Index of this process, from 0; left out with "auto".
+        join_seconds: Seconds to wait at the start until all processes are there.
         learning_rates: `learning_rate` by optimizer where none is given; set by the named
             configuration alone.
     """
@@ -137,6 +146,10 @@ class Config:
     microbatch_size: int | None = None
     transfer_size: int | None = None
     eval_epochs: float = 1.0
+    checkpoint_steps: int | None = None
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    max_nonfinite_steps: int = 10
+    max_bad_examples: int = 0
     seed: int = 0
     workdir: Path | None = None
     resume: Literal["auto", "never"] = "auto"
@@ -144,6 +157,7 @@ class Config:
     coordinator: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
+    join_seconds: int = 300
     learning_rates: Suppress[Mapping[OptimizerName, float]] = dataclasses.field(
         default_factory=dict
     )

@@ -1,220 +1,216 @@
-"""A whole run: data, training, evaluation, and what is left of it in the run folder."""
+"""A whole run: training, evaluation, checkpoints, and what is left of it in the run folder."""
 
-import collections
-import dataclasses
-import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
+from jax.experimental import multihost_utils
 from rich.console import Console
 
-import clars_optax
-from train import checkpoint, metrics
-from train.body import Batch, make_eval_body
-from train.build import accumulation_of, image_shape_of, network_of, training_of
-from train.config import Config
-from train.data import Dataset, dataset_of
-from train.data.dataset import Example
-from train.data.pipeline import eval_batches, train_batches
+from train import metrics
+from train.build import training_of
+from train.checkpoint import Checkpoints
+from train.errors import RunError
+from train.evaluation import make_evaluation
+from train.finite import describe
+from train.interruption import Interruption
+from train.pieces import PiecesOnDevices, pieces_of
 from train.plots import plot_curves
 from train.progress import TrainingProgress
-from train.run_folder import CHECKPOINTS, open_run_folder
-from train.state import TrainState
-from train.step import AXIS, pmap_eval_step, replicate, shard
-from train.validation import validate, validate_with_data
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """What a run needs besides the options: open data and a run folder.
-
-    Attributes:
-        config: the options.
-        dataset: the data set.
-        train_examples: its training split.
-        test_examples: its held-out split.
-        network: the network.
-        layers: names of its weights, from the first to the last.
-        workdir: the run folder.
-    """
-
-    config: Config
-    dataset: Dataset
-    train_examples: Sequence[Example]
-    test_examples: Sequence[Example]
-    network: nn.Module
-    layers: Sequence[str]
-    workdir: Path
-
-    @property
-    def num_steps(self) -> int:
-        """Steps of the run."""
-        return self.config.num_steps(len(self.train_examples))
-
-
-def prepare(config: Config) -> Prepared:
-    """Checks the options, opens the data and opens the run folder.
-
-    Raises:
-        ValueError: options do not fit together, or not with the data or with what the run folder
-            holds; then nothing has been written to it.
-        FileNotFoundError: the data are not there.
-    """
-    dataset = dataset_of(config.dataset, config.data_dir, config.augmentation)
-    validate(config, dataset, jax.device_count(), jax.process_count())
-    train_examples = dataset.load(config.data_dir, "train")
-    test_examples = dataset.load(config.data_dir, "test")
-    validate_with_data(config, len(train_examples))
-    network = network_of(config, dataset, jax.device_count())
-    layers = _weights_by_depth(network, image_shape_of(config, dataset))
-    workdir = open_run_folder(config, dataset, len(train_examples), jax.devices())
-    return Prepared(config, dataset, train_examples, test_examples, network, layers, workdir)
+from train.run_folder import CHECKPOINTS
+from train.setup import Prepared
+from train.step import replicate
 
 
 def train(prepared: Prepared) -> None:
-    """Trains to the end, from the start or from the last checkpoint in the run folder."""
-    config, num_steps = prepared.config, prepared.num_steps
-    devices = jax.devices()
+    """Trains to the end, from the start or from the last checkpoint in the run folder.
+
+    Raises:
+        RunError: the run cannot go on, or was told to end. There is a checkpoint of all that was
+            computed.
+    """
+    config, devices = prepared.config, jax.devices()
     is_first = jax.process_index() == 0
     # The others know the same numbers, and would write over one another.
     console = Console(soft_wrap=True, highlight=False, quiet=not is_first)
-    console.print(
-        f"{config.model} with {config.optimizer} on {config.dataset}: "
-        f"{num_steps} steps of {config.batch_size} examples, "
-        f"{len(devices)} x {devices[0].device_kind}"
-    )
-    num_train = len(prepared.train_examples)
-    state, train_step = training_of(config, prepared.dataset, prepared.network, num_train, devices)
-    evaluate = _make_evaluation(prepared, devices)
-    eval_examples = max(round(config.eval_epochs * num_train), 1)
-
-    evaluation: dict[str, float] = {}
-    with checkpoint.open_folder(prepared.workdir / CHECKPOINTS) as checkpoints:
-        if checkpoints.latest_step() is not None:
-            restored, evaluation = checkpoint.restore(checkpoints, state)
-            state = replicate(restored, devices)
-            console.print(f"going on from step {checkpoints.latest_step()}")
-        done = int(state.step)
-        pieces = _PiecesOnDevices(_pieces(prepared, done), devices)
-        with (
-            metrics.MetricsWriter(prepared.workdir if is_first else None, done) as writer,
-            TrainingProgress(num_steps, config.batch_size, console, done) as progress,
-        ):
-            for step in range(done + 1, num_steps + 1):
-                started = time.perf_counter()
-                state, measured = train_step(state, pieces)
-                line = _train_line(jax.device_get(measured), prepared.layers)
-                line["step_seconds"] = time.perf_counter() - started
-                line["data_seconds"] = pieces.waited()
-                epoch = step * config.batch_size / num_train
-                writer.write(step, {"epoch": epoch, **line})
-                progress.update(
-                    step,
-                    seconds=line["step_seconds"],
-                    waited=line["data_seconds"],
-                    loss=line["train_loss"],
-                    accuracy=line["train_accuracy"],
-                )
-                since_evaluation = step * config.batch_size % eval_examples
-                if step == num_steps or since_evaluation < config.batch_size:
-                    evaluation = evaluate(state)
-                    writer.write(step, {"epoch": epoch, **evaluation})
-                    checkpoint.save(checkpoints, state, evaluation)
-
-    accuracy = evaluation["test_accuracy"]
-    if is_first:
-        title = (
-            f"{config.model} with {config.optimizer} on {config.dataset}, batch {config.batch_size}"
+    title = f"{config.model} with {config.optimizer} on {config.dataset}"
+    with (
+        Interruption(console.print) as interruption,
+        Checkpoints(prepared.workdir / CHECKPOINTS) as checkpoints,
+    ):
+        console.print(
+            f"{title}: {prepared.num_steps} steps of {config.batch_size} examples, "
+            f"{len(devices)} x {devices[0].device_kind}"
         )
+        run = _Run(prepared, checkpoints, interruption, console.print)
+        with (
+            metrics.MetricsWriter(
+                prepared.workdir if is_first else None, run.step, bool(run.evaluation)
+            ) as writer,
+            TrainingProgress(prepared.num_steps, config.batch_size, console, run.step) as progress,
+        ):
+            run.to_the_end(writer, progress)
+
+    if is_first:
         lines = metrics.read(prepared.workdir)
+        title = f"{title}, batch {config.batch_size}"
         plot_curves(lines, title, prepared.layers, prepared.workdir / "curves.png")
+    accuracy = run.evaluation["test_accuracy"]
     console.print(f"waiting for data: {progress.waiting():.1%} of the time of the steps")
     console.print(f"held-out accuracy: {accuracy:.2%} of {len(prepared.test_examples)} examples")
     console.print(f"run folder: {prepared.workdir}")
 
 
-class _PiecesOnDevices:
-    """Sends the pieces of the batches to the devices, one ahead of the computation."""
+class _Run:
+    """A run under way.
 
-    def __init__(self, batches: Iterator[Batch], devices: Sequence[jax.Device]) -> None:
-        self._batches = batches
-        self._devices = devices
-        # One thread, for an iterator serves only one at a time.
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="pieces")
-        self._ahead: collections.deque[Future[Batch | None]] = collections.deque()
-        self._seconds = 0.0
-        self.prefetch()
+    Attributes:
+        step: steps that are done.
+        evaluation: of the state after this step; empty where there is none.
+    """
 
-    def take(self) -> Batch:
-        started = time.perf_counter()
-        batch = self._ahead.popleft().result()
-        self._seconds += time.perf_counter() - started
-        assert batch is not None
-        return batch
-
-    def prefetch(self) -> None:
-        self._ahead.append(self._thread.submit(self._fetch))
-
-    def _fetch(self) -> Batch | None:
-        batch = next(self._batches, None)
-        return batch and jax.block_until_ready(shard(batch, self._devices))
-
-    def waited(self) -> float:
-        """Returns the seconds since the last call in which the devices had to wait for a piece."""
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds
-
-
-def _pieces(prepared: Prepared, done: int) -> Iterator[Batch]:
-    """Returns this process's shares of the pieces from the first step to do to the last one."""
-    config = prepared.config
-    per_step = accumulation_of(config, jax.device_count()).pieces
-    batches = train_batches(
-        prepared.dataset,
-        prepared.train_examples,
-        batch_size=config.transfer_size or config.batch_size,
-        image_size=image_shape_of(prepared.config, prepared.dataset)[0],
-        seed=config.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        first_batch=done * per_step,
-    )
-    return itertools.islice(batches, (prepared.num_steps - done) * per_step)
-
-
-def _make_evaluation(
-    prepared: Prepared, devices: Sequence[jax.Device]
-) -> Callable[[TrainState], dict[str, float]]:
-    """Returns a function that gives mean loss and accuracy over all examples."""
-    eval_step = pmap_eval_step(make_eval_body(prepared.dataset, AXIS), devices)
-    at_a_time = accumulation_of(prepared.config, len(devices)).at_a_time
-
-    def evaluate(state: TrainState) -> dict[str, float]:
-        batches = eval_batches(
-            prepared.dataset,
-            prepared.test_examples,
-            batch_size=at_a_time * len(devices),
-            image_size=image_shape_of(prepared.config, prepared.dataset)[0],
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+    def __init__(
+        self,
+        prepared: Prepared,
+        checkpoints: Checkpoints,
+        interruption: Interruption,
+        say: Callable[[str], None],
+    ) -> None:
+        self._prepared = prepared
+        self._config = prepared.config
+        self._checkpoints = checkpoints
+        self._interruption = interruption
+        self._num_train = len(prepared.train_examples)
+        devices = jax.devices()
+        self._state, self._train_step = training_of(
+            self._config, prepared.dataset, prepared.network, self._num_train, devices
         )
-        sums = {"loss": 0.0, "correct": 0.0, "examples": 0.0}
-        for batch in batches:
-            of_batch = jax.device_get(eval_step(state, shard(batch, devices)))
-            sums = {name: value + float(of_batch[name]) for name, value in sums.items()}
-        return {
-            "test_loss": sums["loss"] / sums["examples"],
-            "test_accuracy": sums["correct"] / sums["examples"],
-        }
+        self.evaluation: dict[str, float] = {}
+        found = checkpoints.restore(self._state, say)
+        if found is not None:
+            restored, self.evaluation = found
+            self._state = replicate(restored, devices)
+            say(f"going on from step {int(self._state.step)}")
+        self.step = self._saved = int(self._state.step)
+        self._skipped_in_a_row = 0
+        self._evaluate_state = make_evaluation(prepared, devices)
+        self._pieces = PiecesOnDevices(pieces_of(prepared, self.step), devices)
 
-    return evaluate
+    def to_the_end(self, writer: metrics.MetricsWriter, progress: TrainingProgress) -> None:
+        """Trains, evaluates and saves until all steps are done, or until it has to end."""
+        if self.step and self._is_evaluated() and not self.evaluation:
+            self._evaluate(writer)  # It was interrupted before.
+        while self.step < self._prepared.num_steps:
+            self._take_step(writer, progress)
+            if self._is_evaluated():
+                self._evaluate(writer)
+            elif self.step % (self._config.checkpoint_steps or self.step + 1) == 0:
+                self._save()
+            if self._interruption.reached(self.step) and not self._is_complete():
+                self._end_early()
+
+    def _take_step(self, writer: metrics.MetricsWriter, progress: TrainingProgress) -> None:
+        started = time.perf_counter()
+        self._state, measured = self._train_step(self._state, self._pieces)
+        measured = jax.device_get(measured)
+        self.step += 1
+        self.evaluation = {}
+        problem = self._not_finite(measured.pop("finite"))
+        line = _train_line(measured, self._prepared.layers)
+        line["step_seconds"] = time.perf_counter() - started
+        line["data_seconds"] = self._pieces.waited()
+        if self._config.on_nonfinite == "skip":
+            line["skipped"] = int(problem is not None)
+        if self._config.max_bad_examples:
+            line["bad_examples"] = _over_processes(self._pieces.bad_examples())
+        writer.write(self.step, {"epoch": self._epoch, **line})
+        progress.update(
+            self.step,
+            seconds=line["step_seconds"],
+            waited=line["data_seconds"],
+            loss=line["train_loss"],
+            accuracy=line["train_accuracy"],
+        )
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if problem else 0
+        if problem and (
+            self._config.on_nonfinite == "stop"
+            or self._skipped_in_a_row > self._config.max_nonfinite_steps
+        ):
+            self._end_before(problem)
+
+    def _not_finite(self, finite: dict[str, Any]) -> str | None:
+        params = self._state.params
+        return describe(
+            finite,
+            {
+                "loss": 0.0,
+                **dict.fromkeys(("gradient", "norms", "weights"), params),
+                "running averages": self._state.batch_stats,
+            },
+        )
+
+    def _evaluate(self, writer: metrics.MetricsWriter) -> None:
+        """Evaluates and saves, if there is time for it."""
+        evaluation = self._evaluate_state(self._state, self._interruption)
+        if evaluation is not None:
+            self.evaluation = evaluation
+            writer.write(self.step, {"epoch": self._epoch, **evaluation})
+            self._save()
+
+    def _save(self) -> None:
+        self._checkpoints.save(self._state, self.evaluation)
+        self._saved = self.step
+
+    @property
+    def _epoch(self) -> float:
+        return self.step * self._config.batch_size / self._num_train
+
+    def _is_evaluated(self) -> bool:
+        """Whether an evaluation follows this step."""
+        interval = max(round(self._config.eval_epochs * self._num_train), 1)
+        batch_size = self._config.batch_size
+        return (
+            self.step == self._prepared.num_steps or self.step * batch_size % interval < batch_size
+        )
+
+    def _is_complete(self) -> bool:
+        return self.step == self._prepared.num_steps and bool(self.evaluation)
+
+    def _end_early(self) -> None:
+        """Ends the run as it was told to."""
+        if self._saved < self.step:
+            self._save()
+        self._checkpoints.wait()
+        raise RunError(
+            f"interrupted after step {self.step} of {self._prepared.num_steps}, of which there is "
+            f"a checkpoint. {self._remedy}",
+            self._interruption.exit_code,
+        )
+
+    def _end_before(self, problem: str) -> None:
+        """Ends the run with the state before the last step, which that step has left as it was."""
+        before = self.step - 1
+        if self._saved < before:
+            self._state = self._state.replace(step=self._state.step - 1)
+            self._save()
+        self._checkpoints.wait()
+        raise RunError(
+            f"step {self.step} is not finite: {problem}. Nothing of it was kept, and there is a "
+            f"checkpoint of step {before}. Look at the data and the learning rate; with "
+            f"--on-nonfinite skip such steps are passed over. {self._remedy}"
+        )
+
+    @property
+    def _remedy(self) -> str:
+        option = f" and --workdir {self._prepared.workdir}" if self._config.workdir is None else ""
+        return f"Go on with the same command{option}."
+
+
+def _over_processes(number: int) -> int:
+    return int(np.sum(multihost_utils.process_allgather(np.asarray(number))))
 
 
 def _train_line(measured: dict[str, Any], layers: Sequence[str]) -> dict[str, Any]:
@@ -228,20 +224,3 @@ def _train_line(measured: dict[str, Any], layers: Sequence[str]) -> dict[str, An
         by_layer = traverse_util.flatten_dict(tree, sep="/")
         line[name] = {layer: float(by_layer[layer]) for layer in layers}
     return line
-
-
-def _weights_by_depth(network: nn.Module, image_shape: tuple[int, int, int]) -> list[str]:
-    """Names the weights in the order in which the network makes them, which is that of depth."""
-    by_depth: list[str] = []
-
-    def init(key: jax.Array) -> None:
-        # What leaves a transformation of JAX is sorted by name.
-        images = jnp.zeros((1, *image_shape))
-        params = network.init(key, images, train=False)["params"]
-        is_weight = traverse_util.flatten_dict(clars_optax.default_mask(params), sep="/")
-        by_depth.extend(
-            path for path in traverse_util.flatten_dict(params, sep="/") if is_weight[path]
-        )
-
-    jax.eval_shape(init, jax.random.key(0))
-    return by_depth

@@ -1,6 +1,7 @@
 """The record of a run: JSON lines for scripts, TensorBoard events for eyes."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -21,14 +22,20 @@ class MetricsWriter:
         folder: the run folder; None for a process whose numbers another one writes.
         done: the step from which a run goes on: lines of later steps are dropped, for they will be
             written again. 0 for a run from its start.
+        evaluated: whether the evaluation that may follow that step is done; if not, its line is
+            dropped, too.
     """
 
-    def __init__(self, folder: Path | None, done: int = 0) -> None:
+    def __init__(self, folder: Path | None, done: int = 0, evaluated: bool = True) -> None:
         self._lines: TextIO | None = None
         if folder is None:
             return
         path = folder / _LINES
-        kept = [line for line in read(folder) if line["step"] <= done] if path.exists() else []
+        kept = [
+            line
+            for line in (read(folder) if path.exists() else [])
+            if line["step"] < done or (line["step"] == done and (evaluated or not is_eval(line)))
+        ]
         # Renamed into place: a kill leaves the old lines or the new ones.
         rewritten = folder / f".{_LINES}"
         rewritten.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
@@ -37,12 +44,17 @@ class MetricsWriter:
         self._events = tensorboardX.SummaryWriter(str(folder), purge_step=done + 1)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Writes the metrics of a step, numbers or flat dictionaries of numbers."""
+        """Writes the metrics of a step, numbers or flat dictionaries of numbers.
+
+        What is not finite becomes null, because JSON has no name for it, and no event.
+        """
         if self._lines is None:
             return
-        self._lines.write(json.dumps({"step": step, **metrics}) + "\n")
+        line = {"step": step, **_with_nulls(metrics)}
+        self._lines.write(json.dumps(line, allow_nan=False) + "\n")
         for tag, value in _flatten(metrics):
-            self._events.add_scalar(tag, value, step)
+            if math.isfinite(value):
+                self._events.add_scalar(tag, value, step)
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -62,6 +74,20 @@ def read(folder: Path) -> list[dict[str, Any]]:
     """Reads the lines of `metrics.jsonl`; a last one that a kill cut off is left out."""
     with (folder / _LINES).open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def is_eval(line: Mapping[str, Any]) -> bool:
+    """Whether a line is that of an evaluation."""
+    return "test_loss" in line
+
+
+def _with_nulls(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _with_nulls(value)
+        if isinstance(value, Mapping)
+        else (value if math.isfinite(value) else None)
+        for name, value in metrics.items()
+    }
 
 
 def _flatten(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

@@ -1,6 +1,6 @@
 """The curves of a run, from its metrics."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from train.metrics import is_eval
 
 _MOST_NAMES = 20
 
@@ -24,8 +26,8 @@ def plot_curves(
         layers: the leaves whose trust ratio is drawn, in order of depth.
         path: where the PNG goes.
     """
-    train = [line for line in lines if "train_loss" in line]
-    test = [line for line in lines if "test_loss" in line]
+    train = [line for line in lines if not is_eval(line)]
+    test = [line for line in lines if is_eval(line)]
     figure = Figure(figsize=(12, 8), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     figure.suptitle(title)
@@ -49,7 +51,7 @@ def plot_curves(
     # A legend of more names would not fit beside the curves.
     stride = -(-len(layers) // _MOST_NAMES)
     for index, (layer, colour) in enumerate(zip(layers, colours, strict=True)):
-        values = [line["trust_ratio"][layer] for line in train]
+        values = _numbers(line["trust_ratio"][layer] for line in train)
         name = layer.removesuffix("/kernel") if index % stride == 0 else None
         ratio.plot(steps, values, color=colour, label=name)
     ratio.set(title="Trust ratio of each layer", ylabel="trust ratio", yscale="log")
@@ -70,4 +72,9 @@ def _curve(
     axes: Axes, lines: Sequence[dict[str, Any]], name: str, label: str, marker: str = ""
 ) -> None:
     steps = [line["step"] for line in lines]
-    axes.plot(steps, [line[name] for line in lines], marker=marker, label=label)
+    axes.plot(steps, _numbers(line[name] for line in lines), marker=marker, label=label)
+
+
+def _numbers(values: Iterable[float | None]) -> np.ndarray:
+    """Makes gaps of what was not finite."""
+    return np.array([np.nan if value is None else value for value in values])

@@ -1,5 +1,11 @@
 """Several processes, each with devices of its own, that train together."""
 
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Iterator
+
 import jax
 
 from train.config import Config
@@ -8,21 +14,80 @@ from train.config import Config
 def join(config: Config) -> None:
     """Finds the other processes, where the options or the platform name any.
 
-    It must come before anything else that asks JAX for its devices.
+    It must come before anything else that asks JAX for its devices. Where the others do not come in
+    time, it ends the process with a line of its own.
 
     Raises:
         ValueError: "auto" on a platform that says nothing of other processes.
     """
     if config.coordinator is None:
         return
-    if config.coordinator != "auto":
-        jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
-        return
+    # JAX would end the process with a stack trace, so it gets more time than it needs.
+    time_out = config.join_seconds + 60
+    with _giving_up(config):
+        if config.coordinator != "auto":
+            jax.distributed.initialize(
+                config.coordinator,
+                config.num_processes,
+                config.process_id,
+                initialization_timeout=time_out,
+            )
+            return
+        try:
+            jax.distributed.initialize(initialization_timeout=time_out)
+        except ValueError as error:
+            raise ValueError(
+                "--coordinator is auto, but this platform does not tell where the other processes "
+                "are (a TPU pod slice, Slurm, Open MPI and Kubernetes do): name --coordinator "
+                "HOST:PORT, --num-processes and --process-id."
+            ) from error
+
+
+def leave() -> None:
+    """Ends the connection with the others, who all must do so now, too."""
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()
+
+
+def describe_loss(error: Exception) -> str | None:
+    """Says what an error of JAX means if it comes of a process that has gone; None if it does not.
+
+    Args:
+        error: what a step or an agreement with the other processes raised.
+    """
+    if jax.process_count() == 1:
+        return None
+    reason = str(error).partition("\n")[0]
+    return (
+        f"process {jax.process_index()} cannot go on without the other processes, of which one has "
+        f"ended or cannot be reached ({reason}). Its own message says why. Start all of them again "
+        "with the same commands: the run goes on from its last checkpoint."
+    )
+
+
+@contextlib.contextmanager
+def _giving_up(config: Config) -> Iterator[None]:
+    def give_up() -> None:
+        print(f"python -m train: {_absence(config)}", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    timer = threading.Timer(config.join_seconds, give_up)
+    timer.daemon = True
+    timer.start()
     try:
-        jax.distributed.initialize()
-    except ValueError as error:
-        raise ValueError(
-            "--coordinator is auto, but this platform does not tell where the other processes are "
-            "(a TPU pod slice, Slurm, Open MPI and Kubernetes do): name --coordinator HOST:PORT, "
-            "--num-processes and --process-id."
-        ) from error
+        yield
+    finally:
+        timer.cancel()
+
+
+def _absence(config: Config) -> str:
+    if config.num_processes is None:
+        missing = "the other processes"
+    else:
+        others = [str(i) for i in range(config.num_processes) if i != config.process_id]
+        missing = f"process {others[0]}" if len(others) == 1 else f"processes {', '.join(others)}"
+    return (
+        f"--join-seconds is {config.join_seconds}, and in that time {missing} did not come, or not "
+        f"all of them, to --coordinator {config.coordinator}: start what is missing, with the same "
+        "address, or wait longer."
+    )

@@ -4,7 +4,7 @@
 config.json   the options, what follows from them, devices and versions; written once
 metrics.jsonl one line per step and one per evaluation
 events.*      the same for TensorBoard
-checkpoints/  the last and the best checkpoint, each a folder named by its step
+checkpoints/  the last two checkpoints and the best one, each a folder named by its step
 curves.png    loss, accuracy, learning rate and trust ratios, at the end of the run
 ============  ==========================================================================
 """
@@ -35,7 +35,16 @@ _CONSEQUENCES = {
 }
 # What may change between the parts of a run.
 _MAY_CHANGE = frozenset(
-    {"workdir", "data_dir", "resume", "coordinator", "num_processes", "process_id"}
+    {
+        *("workdir", "data_dir", "resume", "coordinator", "num_processes", "process_id"),
+        *(
+            "join_seconds",
+            "checkpoint_steps",
+            "on_nonfinite",
+            "max_nonfinite_steps",
+            "max_bad_examples",
+        ),
+    }
 )
 
 

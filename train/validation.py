@@ -31,9 +31,12 @@ def validate(config: Config, dataset: Dataset, num_devices: int, num_processes: 
         num_norm_examples=config.num_norm_examples,
         microbatch_size=config.microbatch_size,
         transfer_size=config.transfer_size,
+        checkpoint_steps=config.checkpoint_steps,
+        max_nonfinite_steps=config.max_nonfinite_steps,
     )
     _at_least(
         0,
+        max_bad_examples=config.max_bad_examples,
         seed=config.seed,
         weight_decay=config.weight_decay,
         warmup_epochs=config.warmup_epochs,
@@ -179,6 +182,7 @@ def validate_cluster(config: Config) -> None:
         ValueError: as `validate`.
     """
     count, index = config.num_processes, config.process_id
+    _at_least(1, join_seconds=config.join_seconds)
     given = {"num_processes": count, "process_id": index}
     if config.coordinator in (None, "auto"):
         for name, value in given.items():

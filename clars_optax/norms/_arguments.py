@@ -44,6 +44,8 @@ class Settings:
             least = 0 if name == "num_norm_examples" else 1
             if size < least:
                 raise ValueError(f"{name} must be at least {least}, got {size}.")
+            # NumPy's integers overflow where sizes are multiplied.
+            object.__setattr__(self, name, int(size))
         for name in ("num_norm_examples", "microbatch_size"):
             size = getattr(self, name)
             if size is not None and size % self.group_size:
@@ -52,8 +54,9 @@ class Settings:
                     "cannot be cut."
                 )
         for name, allowed in (("loss_reduction", ("mean", "sum")), ("method", ("auto", "generic"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {allowed}, got {getattr(self, name)!r}.")
+            given = getattr(self, name)
+            if not isinstance(given, str) or given not in allowed:
+                raise ValueError(f"{name} must be one of {allowed}, got {given!r}.")
 
     def positions(self, num_args: int) -> "Positions":
         """The positions of the arguments in a call with so many.
@@ -163,22 +166,41 @@ def check_params(args: Sequence[Any], positions: Sequence[int]) -> None:
             )
 
 
-def count_examples(args: Sequence[Any], positions: Sequence[int]) -> int:
+def arrays(args: Sequence[Any], positions: Sequence[int]) -> list[jax.Array]:
+    """The leaves of some arguments, as arrays.
+
+    Raises:
+      TypeError: JAX has no such arrays.
+    """
+    found = []
+    leaves = jax.tree.leaves([args[position] for position in positions])
+    for path, leaf in zip(paths(args, positions), leaves, strict=True):
+        try:
+            found.append(jnp.asarray(leaf))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise TypeError(
+                f"{path} is of type {type(leaf).__name__}"
+                + (f" and dtype {leaf.dtype}" if hasattr(leaf, "dtype") else "")
+                + ", which JAX cannot make an array of. Convert it to numbers, or pass it in an "
+                "argument outside of argnums and batch_argnums."
+            ) from error
+    return found
+
+
+def count_examples(paths: Sequence[str], batch: Sequence[jax.Array]) -> int:
     """The batch size.
 
     Raises:
-      ValueError: a batch argument has no array, an array without axes, or arrays that disagree.
+      ValueError: there is no array, an array without axes, or arrays that disagree.
     """
-    leaves = jax.tree.leaves([args[position] for position in positions])
     found: dict[int, str] = {}
-    for path, leaf in zip(paths(args, positions), leaves, strict=True):
-        shape = np.shape(leaf) if not hasattr(leaf, "shape") else leaf.shape
-        if not shape:
+    for path, leaf in zip(paths, batch, strict=True):
+        if not leaf.shape:
             raise ValueError(
                 f"{path} is a scalar, but axis 0 of every leaf of the batch_argnums carries the "
                 "examples. Pass what all examples share in an argument of its own."
             )
-        found.setdefault(shape[0], path)
+        found.setdefault(leaf.shape[0], path)
     if len(found) > 1:
         (one, first), (other, second), *_ = found.items()
         raise ValueError(
@@ -186,32 +208,50 @@ def count_examples(args: Sequence[Any], positions: Sequence[int]) -> int:
             f"{second} has {other}."
         )
     if not found:
-        raise ValueError(f"The batch_argnums {tuple(positions)} hold no arrays.")
+        raise ValueError("The batch_argnums hold no arrays: name the arguments with the examples.")
     return next(iter(found))
 
 
-def check_keys(args: Sequence[Any], positions: Positions) -> None:
-    """Refuses random keys that all micro-batches would share.
+def check_keys(args: Sequence[Any], kwargs: dict[str, Any], positions: Positions) -> None:
+    """Refuses random keys that all micro-batches would share, and all but keys in `rng_argnums`.
 
     Raises:
+      TypeError: an argument in `rng_argnums` holds something else than single keys.
       ValueError: an argument outside of `rng_argnums` holds a key.
     """
+    keys = jax.tree.leaves([args[index] for index in positions.rng])
+    for path, leaf in zip(paths(args, positions.rng), keys, strict=True):
+        if not is_key(leaf) or leaf.shape != (_raw_key_shape() if leaf.dtype == jnp.uint32 else ()):
+            shape = f" and shape {leaf.shape}" if hasattr(leaf, "shape") else ""
+            raise TypeError(
+                f"{path} is of type {type(leaf).__name__}{shape}, but with microbatch_size every "
+                "leaf of the rng_argnums is a single random key. Split keys inside of loss_fn, and "
+                "take what is no key out of rng_argnums."
+            )
     named = {*positions.batch, *positions.rng}
     others = [index for index in range(len(args)) if index not in named]
     leaves = jax.tree.leaves([args[index] for index in others])
-    for path, leaf in zip(paths(args, others), leaves, strict=True):
+    shared = list(zip(paths(args, others), leaves, strict=True))
+    for place, leaf in jax.tree_util.tree_leaves_with_path(kwargs):
+        shared.append((f"kwargs{jax.tree_util.keystr(place)}", leaf))
+    for path, leaf in shared:
         if is_key(leaf):
             raise ValueError(
-                f"{path} is a random key: with microbatch_size, all micro-batches would draw the "
-                "same numbers from it. Name its argument in rng_argnums: every micro-batch then "
-                "gets a key of its own."
+                f"{path} is a random key, or looks like one: with microbatch_size, all "
+                "micro-batches would draw the same numbers from it. Pass it by position and name "
+                "its argument in rng_argnums: every micro-batch then gets a key of its own. Convert"
+                " what is no key to int32."
             )
 
 
 def is_key(leaf: Any) -> bool:
-    """Whether a leaf is a typed random key, or looks like a raw one."""
+    """Whether a leaf holds typed random keys, or what looks like raw ones."""
     if not hasattr(leaf, "dtype"):
         return False
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return True
-    return leaf.dtype == jnp.uint32 and leaf.shape == (2,)
+    return leaf.dtype == jnp.uint32 and leaf.shape[-1:] == _raw_key_shape()
+
+
+def _raw_key_shape() -> tuple[int, ...]:
+    return jax.eval_shape(jax.random.PRNGKey, 0).shape

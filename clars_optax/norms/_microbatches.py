@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from clars_optax.norms._arguments import is_key
-
 
 class Result(NamedTuple):
     """What a batch gives: leaves in flat lists."""
@@ -129,7 +127,7 @@ def find_aux_axes(
             if len(one.shape) == len(two.shape)
             else None
         )
-        if changed == [] and jnp.issubdtype(one.dtype, jnp.floating) and not is_key(one):
+        if changed == [] and jnp.issubdtype(one.dtype, jnp.floating):
             axes.append(None)
         elif changed and len(changed) == 1 and one.shape[changed[0]] == microbatch_size:
             axes.append(changed[0])

@@ -52,7 +52,7 @@ def make_plan(
             f"{2 * num_examples}, which the norms need to see where the batch is in every "
             "intermediate value. It probably closes over arrays or numbers that depend on the "
             "batch size: pass the arrays in arguments of their own, named in batch_argnums, and "
-            f"take sizes from the arrays' shapes. The error was: {error}"
+            f"take sizes from the arrays' shapes. The error was: {_first_line(error)}"
         ) from error
     inputs = program.inputs
     layouts, pairs = follow(
@@ -74,6 +74,11 @@ def _trace(loss_fn: Loss, params: Sequence[Any], batch: Sequence[Any]) -> Progra
         return [value, *aux]
 
     return Program.of_loss(jax.make_jaxpr(flat)(list(params), batch), len(params))
+
+
+def _first_line(error: Exception) -> str:
+    line, _, _ = str(error).partition("\n")
+    return f"{type(error).__name__}: {line}"
 
 
 def trace_groups(
@@ -104,7 +109,7 @@ def trace_groups(
     try:
         small = _trace(loss_fn, params, resized(batch, size))
     except Exception as error:
-        raise refusal(next(iter(untraced)), f"that failed: {error}") from error
+        raise refusal(next(iter(untraced)), f"that failed: {_first_line(error)}") from error
     pairs = match(plan.program, small)
     for operation in untraced:
         twin = pairs[operation.outputs[0]].producer if operation.outputs[0] in pairs else None

@@ -71,7 +71,7 @@ def value_and_grad_and_norms(
       has_aux: Whether `loss_fn` returns a pair of loss and auxiliary data.
       batch_argnums: The positional argument(s) that carry the examples, on axis 0 of every leaf.
       rng_argnums: The positional argument(s) that are random keys, or trees of them. With
-        `microbatch_size`, every key is folded with the micro-batch's index.
+        `microbatch_size`, every leaf is a single key and is folded with the micro-batch's index.
       group_size: Number of examples b in a group. Consecutive runs of b examples take the place of
         single examples: the gradient of a group is the mean of its members'. It must divide the
         number of examples; all of them as one group give the norm of the gradient itself.
@@ -135,6 +135,8 @@ def value_and_grad_and_norms(
         argnums, has_aux, batch_argnums, rng_argnums, group_size, num_norm_examples,
         microbatch_size, loss_reduction, method,
     )  # fmt: skip
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be a function, got {type(loss_fn).__name__}.")
 
     @functools.wraps(loss_fn)
     def step(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
@@ -157,15 +159,15 @@ def value_and_grad_and_norms(
     def of_args(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
         positions = settings.positions(len(args))
         _arguments.check_params(args, positions.params)
-        num_examples = _arguments.count_examples(args, positions.batch)
+        params = _arguments.arrays(args, positions.params)
+        batch = _arguments.arrays(args, positions.batch)
+        num_examples = _arguments.count_examples(_arguments.paths(args, positions.batch), batch)
         num_norms = settings.num_norms(num_examples)
         if settings.microbatch_size is not None:
-            _arguments.check_keys((*args, kwargs), positions)
-        leaves, treedef = jax.tree.flatten([args[i] for i in positions.params])
-        params = [jnp.asarray(leaf) for leaf in leaves]
+            _arguments.check_keys(args, kwargs, positions)
+        treedef = jax.tree.structure([args[i] for i in positions.params])
         paths = _arguments.paths(args, positions.params)
-        leaves, batch_treedef = jax.tree.flatten([args[i] for i in positions.batch])
-        batch = [jnp.asarray(leaf) for leaf in leaves]
+        batch_treedef = jax.tree.structure([args[i] for i in positions.batch])
         aux_treedefs: list[Any] = []
 
         def loss_of_leaves(
@@ -187,7 +189,9 @@ def value_and_grad_and_norms(
 
         def one_batch(keys: Sequence[Any], batch: Sequence[Any], num_norms: int) -> Result:
             loss = functools.partial(loss_of_leaves, keys)
-            return _one_batch(loss, params, paths, batch, num_norms, settings)
+            result = _one_batch(loss, params, paths, batch, num_norms, settings)
+            # What does not depend on the inputs comes out of a trace as a Python number.
+            return jax.tree.map(jnp.asarray, result)
 
         keys = [args[i] for i in positions.rng]
         if settings.microbatch_size is None:
@@ -232,18 +236,29 @@ def _value_and_aux(returned: Any, has_aux: bool) -> tuple[Any, Any]:
     if has_aux and not (isinstance(returned, tuple) and len(returned) == 2):
         raise TypeError(
             "With has_aux=True, loss_fn must return a pair of the loss and auxiliary data, got "
-            f"{type(returned).__name__}."
+            f"{_described(returned)}."
         )
     value, aux = returned if has_aux else (returned, None)
-    if not hasattr(value, "dtype"):
+    if isinstance(value, float):
         value = jnp.asarray(value)
-    if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+    if not hasattr(value, "dtype") or (
+        value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating)
+    ):
         raise TypeError(
-            "loss_fn must return a real floating-point scalar, got "
-            f"{value.dtype}{list(value.shape)}"
+            f"loss_fn must return a real floating-point scalar, got {_described(value)}"
             + ("." if has_aux else "; for a loss with auxiliary data pass has_aux=True.")
         )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(aux):
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, int | float | complex):
+            raise TypeError(
+                f"The auxiliary output aux{jax.tree_util.keystr(path)} is {_described(leaf)}, but "
+                "loss_fn is traced: return arrays only."
+            )
     return value, aux
+
+
+def _described(x: Any) -> str:
+    return f"{x.dtype}{list(x.shape)}" if hasattr(x, "dtype") else type(x).__name__
 
 
 def _one_batch(

@@ -39,6 +39,11 @@ def loss_fn(params, batch):
             "num_norm_examples=5 must be a multiple of group_size=2",
         ),
         ({"loss_reduction": "max"}, ValueError, r"loss_reduction must be one of .*'max'"),
+        (
+            {"loss_reduction": np.array(["mean", "sum"])},
+            ValueError,
+            r"loss_reduction must be one of .*, got array",
+        ),
         ({"method": "fast"}, ValueError, r"method must be one of .*'generic'.*'fast'"),
     ],
     ids=str,
@@ -103,9 +108,54 @@ def test_keys_that_micro_batches_would_share(key):
         step(PARAMS, BATCH, {"dropout": key})
 
 
+@pytest.mark.parametrize("leaf", [np.array(list("abcdef")), np.array([None] * 6), np.longdouble(1)])
+@pytest.mark.parametrize("position", [0, 1])
+def test_leaves_that_jax_cannot_hold(leaf, position):
+    args = [dict(PARAMS), dict(BATCH)]
+    args[position]["other"] = leaf
+    with pytest.raises(TypeError, match=rf"args\[{position}\]\['other'\] (is of|has the) type"):
+        clars_optax.value_and_grad_and_norms(loss_fn)(*args)
+
+
+@pytest.mark.parametrize(
+    ("rng", "message"),
+    [
+        (3.0, r"args\[2\] is of type float, but .* single random key"),
+        ("key", r"args\[2\] is of type str, "),
+        (jnp.arange(2), r"args\[2\] is of type .* and shape \(2,\), but "),
+        (jax.random.split(jax.random.key(0)), r"args\[2\] is of type .* and shape \(2,\)"),
+        (jax.random.split(jax.random.PRNGKey(0)), r"args\[2\] is of type .* and shape \(2, 2\)"),
+    ],
+)
+def test_micro_batches_need_single_keys(rng, message):
+    def loss(params, batch, rng):
+        return loss_fn(params, batch)
+
+    step = clars_optax.value_and_grad_and_norms(loss, rng_argnums=2, microbatch_size=3)
+    with pytest.raises(TypeError, match=message):
+        step(PARAMS, BATCH, rng)
+
+
+def test_arrays_of_raw_keys_are_keys():
+    def loss(params, batch, rngs):
+        return loss_fn(params, batch)
+
+    step = clars_optax.value_and_grad_and_norms(loss, microbatch_size=3)
+    with pytest.raises(ValueError, match=r"args\[2\] is a random key, or looks like one"):
+        step(PARAMS, BATCH, jax.random.split(jax.random.PRNGKey(0), 3))
+
+
 @pytest.mark.parametrize(
     ("loss", "has_aux", "message"),
     [
+        (lambda p, b: None, False, "scalar, got NoneType; .*has_aux=True"),
+        (lambda p, b: "x", True, "pair of the loss and auxiliary data, got str"),
+        (lambda p, b: {"loss": jnp.sum(p["w"])}, False, "scalar, got dict"),
+        (
+            lambda p, b: (jnp.sum(p["w"]), {"a": ["x"]}),
+            True,
+            r"aux\['a'\]\[0\] is str.*arrays only",
+        ),
         (lambda p, b: b["x"] @ p["w"], False, r"scalar, got float32\[6, 3\].*has_aux=True"),
         (lambda p, b: jnp.argmax(p["w"]), False, "floating-point scalar, got int32"),
         (lambda p, b: jnp.sum(p["w"]), True, "must return a pair of the loss and auxiliary data"),

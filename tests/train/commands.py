@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,12 @@ def start(*options, num_devices=8, **environment):
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def finish(*processes):

@@ -317,7 +317,8 @@ def test_damaged_record_is_named(tmp_path):
     write(tmp_path, {"image": GREY, "label": LABEL}, {"train": examples, "test": examples})
 
     with pytest.raises(
-        ValueError, match=r"example 0 of the split train of birds/2\.1\.0 cannot be "
+        ValueError,
+        match=r"example 0 of the split train of birds/2\.1\.0 \(record 0 of .* cannot be ",
     ):
         dataset_of("birds", tmp_path)
 

@@ -7,7 +7,8 @@ import pytest
 from train.data import DATASETS
 from train.data.pipeline import eval_batches, train_batches
 
-DIGITS = DATASETS["digits"]
+# As many classes as any test has examples, so that the label tells which one it is.
+DIGITS = dataclasses.replace(DATASETS["digits"], num_classes=1000)
 
 
 def add_noise(example, size, rng):
@@ -19,7 +20,7 @@ NOISY = dataclasses.replace(DIGITS, augment=add_noise)
 
 def make_examples(number, size=2):
     return [
-        {"image": np.full((size, size, 1), (i + 1) % 256, np.uint8), "label": i}
+        {"image": np.full((size, size, 1), (i + 1) % 256, np.uint8), "label": i, "name": f"no. {i}"}
         for i in range(number)
     ]
 
@@ -34,7 +35,13 @@ def take(batches, number):
 
 
 def join(batches):
-    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    """The batches, or parts of one, as one; the count of bad examples is summed."""
+    return {
+        name: sum(batch[name] for batch in batches)
+        if name == "bad_examples"
+        else np.concatenate([batch[name] for batch in batches])
+        for name in batches[0]
+    }
 
 
 def assert_same(actual, expected):
@@ -49,6 +56,7 @@ def test_training_batches_have_the_types_that_the_step_expects():
     assert {name: (array.shape, array.dtype) for name, array in batch.items()} == {
         "image": ((3, 2, 2, 1), np.uint8),
         "label": ((3,), np.int32),
+        "bad_examples": ((), np.int32),
     }
 
 
@@ -189,6 +197,7 @@ def test_a_process_may_have_nothing_to_evaluate():
             "image": np.zeros((2, 2, 2, 1), np.uint8),
             "label": np.zeros(2, np.int32),
             "mask": np.zeros(2, np.float32),
+            "bad_examples": 0,
         },
     )
 

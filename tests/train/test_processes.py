@@ -1,24 +1,16 @@
 """Several processes train as one does; each is a real one, with CPU devices of its own."""
 
-import socket
-
 import numpy as np
 import pytest
 
-from tests.train.commands import finish, numbers_of, refusals, start
-from train import checkpoint
+from tests.train.commands import finish, free_port, numbers_of, refusals, start
+from train.checkpoint import Checkpoints
 from train.run_folder import CHECKPOINTS
 
 OPTIONS = (
     *("digits", "--batch-size", "240", "--epochs", "1", "--microbatch-size", "30"),
     *("--transfer-size", "120", "--bn-group", "2", "--seed", "1"),
 )
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def start_two(data_dir, *options_of_each):
@@ -70,11 +62,11 @@ def test_only_the_first_process_speaks(together):
 
 
 def test_checkpoint_of_two_processes_is_read_by_one(together, alone):
-    with checkpoint.open_folder(together[0] / CHECKPOINTS) as checkpoints:
-        assert checkpoints.latest_step() == 6
-        found = checkpoints.restore(6)["state"]["params"]
-    with checkpoint.open_folder(alone / CHECKPOINTS) as checkpoints:
-        expected = checkpoints.restore(6)["state"]["params"]
+    with Checkpoints(together[0] / CHECKPOINTS) as checkpoints:
+        assert checkpoints.steps()[-1] == 6
+        found = checkpoints.arrays(6)["params"]
+    with Checkpoints(alone / CHECKPOINTS) as checkpoints:
+        expected = checkpoints.arrays(6)["params"]
 
     np.testing.assert_allclose(
         found["head"]["kernel"], expected["head"]["kernel"], rtol=1e-2, atol=1e-4

@@ -7,7 +7,7 @@ import pytest
 from matplotlib import image
 
 from tests.train.commands import lines_of
-from train import checkpoint
+from train.checkpoint import Checkpoints
 from train.configs import CONFIGS
 
 WEIGHTS = {
@@ -96,8 +96,8 @@ def test_tensorboard_events(short_run):
 
 
 def test_checkpoint_is_that_of_the_last_step(short_run):
-    with checkpoint.open_folder(short_run[0] / "checkpoints") as checkpoints:
-        assert checkpoints.latest_step() == 3
+    with Checkpoints(short_run[0] / "checkpoints") as checkpoints:
+        assert checkpoints.steps()[-1] == 3
 
 
 def refusal(workdir, data_dir, *options):

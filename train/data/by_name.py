@@ -4,15 +4,15 @@ What the training loop has to know of it is taken from the description that lies
 from a part of the training images.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 
-from train.data import encoded, images
+from train.data import encoded, images, records
 from train.data.augmentation import make_augment
 from train.data.dataset import Dataset, Example
 
@@ -21,37 +21,7 @@ SMALL = 64
 # Training images from which mean and deviation are taken.
 NUM_MEASURED = 1000
 
-
-class Records(Sequence[Example]):
-    """A split, its images still encoded.
-
-    Every example has an "image", the content of a file, a "label", and a "name" for messages.
-
-    Attributes:
-        source: the split, which `tensorflow-datasets` reads.
-        name: what to call it.
-        image: name of the feature with the image.
-        label: name of that with the label.
-    """
-
-    def __init__(self, source: Sequence[Example], name: str, image: str, label: str) -> None:
-        self.source = source
-        self.name = name
-        self.image = image
-        self.label = label
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: Any) -> Any:
-        # The source would say of an index out of range that it is a ValueError.
-        index = range(len(self))[index]
-        example = self.source[index]
-        return {
-            "image": example[self.image],
-            "label": example[self.label],
-            "name": f"example {index} of {self.name}",
-        }
+T = TypeVar("T")
 
 
 def make_dataset(builder: tfds.core.DatasetBuilder) -> Dataset:
@@ -61,8 +31,9 @@ def make_dataset(builder: tfds.core.DatasetBuilder) -> Dataset:
         builder: from `prepared.open_folder`.
 
     Raises:
-        ValueError: if an example is not one image, grey or in colours, with one label, or if there
-            is nothing to train on or nothing to test on.
+        FileNotFoundError: if a file is missing or empty.
+        ValueError: if an example is not one image, grey or in colours, with one label, if there
+            is nothing to train on or nothing to test on, or if a file is damaged.
     """
     image, label = _only(builder, tfds.features.Image), _only(builder, tfds.features.ClassLabel)
     height, width, channels = _shape(builder, image)
@@ -70,7 +41,7 @@ def make_dataset(builder: tfds.core.DatasetBuilder) -> Dataset:
     side = height if height == width else None
     is_small = side is not None and side <= SMALL
 
-    def load(data_dir: Path | None, split: str) -> Records:
+    def load(data_dir: Path | None, split: str) -> records.Records:
         del data_dir  # They have been found.
         return _open(builder, splits[split], image, label)
 
@@ -101,15 +72,10 @@ def make_dataset(builder: tfds.core.DatasetBuilder) -> Dataset:
     )
 
 
-def _open(builder: tfds.core.DatasetBuilder, split: str, image: str, label: str) -> Records:
-    # Other images of an example, such as masks, are never looked at.
-    decoders = {
-        name: tfds.decode.SkipDecoding()
-        for name, feature in builder.info.features.items()
-        if isinstance(feature, tfds.features.Image)
-    }
-    source = builder.as_data_source(split, decoders=decoders)
-    return Records(source, f"the split {split} of {builder.info.full_name}", image, label)
+def _open(builder: tfds.core.DatasetBuilder, split: str, image: str, label: str) -> records.Records:
+    name = builder.info.full_name.rpartition("/")[0]
+    command = f"`python -m train.prepare {name}:{builder.version}`"
+    return records.open_split(builder, split, command, image=image, label=label)
 
 
 def _only(builder: tfds.core.DatasetBuilder, kind: type) -> str:
@@ -150,7 +116,8 @@ def _splits(builder: tfds.core.DatasetBuilder, image: str, label: str) -> dict[s
         )
     for split in filled[1:]:
         # The labels of some competitions' test splits were never published: they are -1.
-        if _open(builder, split, image, label)[0]["label"] >= 0:
+        examples = _open(builder, split, image, label)
+        if next(_readable(lambda example: example["label"], examples, range(len(examples)))) >= 0:
             return {"train": "train", "test": split}
     held_out = "train[90%:]"
     # Examples are shuffled when they are written, so that the last tenth is a random one.
@@ -161,6 +128,28 @@ def _splits(builder: tfds.core.DatasetBuilder, image: str, label: str) -> dict[s
             "are too few or not shuffled: choose another data set or configuration."
         )
     return {"train": "train[:90%]", "test": held_out}
+
+
+def _readable(
+    read: Callable[[Example], T], examples: Sequence[Example], indices: Iterable[int]
+) -> Iterator[T]:
+    """Reads what can be read: whether the rest may be passed over is for the training to say.
+
+    Raises:
+        ValueError: if nothing can be read.
+    """
+    problem = None
+    is_any = False
+    for index in indices:
+        try:
+            value = read(examples[index])
+        except ValueError as error:
+            problem = error
+        else:
+            is_any = True
+            yield value
+    if problem is not None and not is_any:
+        raise problem
 
 
 def _count(builder: tfds.core.DatasetBuilder, split: str) -> int:
@@ -175,7 +164,7 @@ def _moments(
     # The same ones on every process, and in every part of a run.
     count = min(len(examples), NUM_MEASURED)
     chosen = np.linspace(0, len(examples) - 1, count, dtype=int).tolist()
-    moments = [cv2.meanStdDev(decode(examples[index])) for index in chosen]
+    moments = [cv2.meanStdDev(image) for image in _readable(decode, examples, chosen)]
     means, deviations = (np.array(of_images)[..., 0] for of_images in zip(*moments, strict=True))
     mean = means.mean(axis=0)
     variance = (deviations**2 + means**2).mean(axis=0) - mean**2

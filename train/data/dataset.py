@@ -21,11 +21,13 @@ class Dataset:
         mean: mean of the training pixels, per channel, in the units of the stored integers.
         std: their standard deviation.
         load: takes the data folder (None: the default of `tensorflow-datasets`) and the split's
-            name, "train" or "test", and returns the examples by index, each with an "image" and a
-            "label". A data set that comes with a package is prepared where it is not there yet;
-            for any other a FileNotFoundError says what was expected where.
+            name, "train" or "test", and returns the examples by index, each with an "image", a
+            "label" and a "name", which says in messages which one it is and where it lies. One that
+            cannot be read is a ValueError. A data set that comes with a package is prepared where
+            it is not there yet; for any other a FileNotFoundError says what was expected where.
         augment: takes an example, the size and a random generator, and returns an image to train
             on, uint8 [size, size, channels]. It depends on nothing else, and runs in many threads.
+            An image that cannot be decoded is a ValueError.
         crop: takes an example and the size, and returns the image to test on, of the same kind.
         random_crop: as `augment`, but always a random part of the image, and never flipped.
         version: name, configuration and version of the files that are read, where the name that the

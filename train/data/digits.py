@@ -14,7 +14,7 @@ import sklearn.datasets
 import sklearn.model_selection
 import tensorflow_datasets as tfds
 
-from train.data import images
+from train.data import images, prepared, records
 from train.data.augmentation import make_augment
 from train.data.dataset import Dataset, Example
 
@@ -65,17 +65,33 @@ def load(data_dir: Path | None, split: str) -> Sequence[Example]:
 
     Returns:
         The examples, by index.
+
+    Raises:
+        OSError: if the split cannot be written, or not all of it is there.
+        ValueError: if it is damaged.
     """
-    builder = SklearnDigits(data_dir=data_dir, file_format="array_record")
+    folder = prepared.folder(data_dir)
+    try:
+        builder = _prepare(folder)
+    except prepared.DAMAGED as error:
+        raise prepared.damaged_description(folder / SklearnDigits.name, error) from error
+    return records.open_split(builder, split, "`python -m train`", image="image", label="label")
+
+
+def _prepare(folder: Path) -> tfds.core.DatasetBuilder:
+    builder = SklearnDigits(data_dir=folder, file_format="array_record")
     tfds.disable_progress_bar()
     try:
         builder.download_and_prepare()
-    except OSError:
+    except OSError as error:
         # Another process may have put its own, finished, copy in place meanwhile.
-        builder = SklearnDigits(data_dir=data_dir, file_format="array_record")
+        builder = SklearnDigits(data_dir=folder, file_format="array_record")
         if not builder.is_prepared():
-            raise
-    return builder.as_data_source(split=split)
+            raise OSError(
+                f"the digits cannot be written to {folder} ({error}), but must be: name a folder "
+                "that can be written to with --data-dir."
+            ) from error
+    return builder
 
 
 def crop(example: Example, size: int) -> np.ndarray:

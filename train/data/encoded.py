@@ -36,7 +36,10 @@ def decode(content: bytes, channels: int, name: str) -> np.ndarray:
         return _decode_jpeg(content, channels, name)
     colours = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR_RGB
     flags = colours | cv2.IMREAD_IGNORE_ORIENTATION
-    image = cv2.imdecode(np.frombuffer(content, np.uint8), flags) if content else None
+    try:
+        image = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
+    except cv2.error as error:  # It has no bytes, or too many pixels for OpenCV.
+        raise _undecodable(content, name) from error
     if image is None:
         raise _undecodable(content, name)
     # OpenCV drops the axis of a single channel.
@@ -103,8 +106,9 @@ def _frame_of(content: bytes) -> _Frame | None:
     while segment + 10 <= len(content) and content[segment] == 0xFF != content[segment + 1]:
         if content[segment + 1] in _FRAMES:
             height, width, channels = struct.unpack_from(">HHB", content, segment + 5)
-            # Four are the inks of a printer.
-            return _Frame(segment + 5, height, width) if channels in (1, 3) else None
+            # Four are the inks of a printer, and an image without pixels is none.
+            is_usual = channels in (1, 3) and height and width
+            return _Frame(segment + 5, height, width) if is_usual else None
         segment += 2 + int.from_bytes(content[segment + 2 : segment + 4], "big")
     return None
 

@@ -8,13 +8,13 @@ References:
 """
 
 import gzip
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import overload
+from typing import Any
 
 import numpy as np
 
-from train.data import images, prepared
+from train.data import encoded, images, prepared, records
 from train.data.augmentation import make_augment
 from train.data.dataset import Dataset, Example
 
@@ -32,23 +32,34 @@ class Arrays(Sequence[Example]):
     Attributes:
         images: uint8 [N, height, width, channels].
         labels: integers [N].
+        place: says for messages which example an index is, and where it lies.
+        problems: by index, what is wrong with those that cannot be read.
     """
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray) -> None:
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        place: Callable[[int], str],
+        problems: Mapping[int, ValueError],
+    ) -> None:
         self.images = images
         self.labels = labels
+        self.place = place
+        self.problems = problems
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> "Arrays": ...
-    def __getitem__(self, index: int | slice) -> "Example | Arrays":
-        if isinstance(index, slice):
-            return Arrays(self.images[index], self.labels[index])
-        return {"image": self.images[index], "label": self.labels[index]}
+    def __getitem__(self, index: Any) -> Any:
+        index = range(len(self))[index]
+        if index in self.problems:
+            raise self.problems[index]
+        return {
+            "image": self.images[index],
+            "label": self.labels[index],
+            "name": self.place(index),
+        }
 
 
 def load(data_dir: Path | None, split: str) -> Arrays:
@@ -63,21 +74,18 @@ def load(data_dir: Path | None, split: str) -> Arrays:
         split: "train" or "test".
 
     Raises:
-        FileNotFoundError: if it is in none of these places.
-        ValueError: if a file is not what its name says.
+        FileNotFoundError: if it is in none of these places, or not all of it.
+        ValueError: if a file is not what its name says, or there are no examples.
     """
     builder = prepared.find("fashion_mnist", "3.*.*", data_dir)
     if builder is not None:
-        examples = list(builder.as_data_source(split))
-        return Arrays(
-            np.stack([example["image"] for example in examples]),
-            np.array([example["label"] for example in examples]),
-        )
+        command = "`python -m train.prepare fashion-mnist`"
+        return _decoded(records.open_split(builder, split, command, image="image", label="label"))
     own_folder = prepared.folder(data_dir) / "fashion-mnist"
     for folder in (own_folder, DEBIAN_FOLDER):
         image_file, label_file = (folder / name for name in FILES[split])
         if image_file.is_file() and label_file.is_file():
-            return _read(image_file, label_file)
+            return _read(image_file, label_file, split)
     raise FileNotFoundError(
         f"Fashion-MNIST is neither in {DEBIAN_FOLDER} nor in {own_folder}: "
         f"expected are {' and '.join(FILES[split])}. Install them with `apt-get install "
@@ -97,7 +105,22 @@ def random_crop(example: Example, size: int, rng: np.random.Generator) -> np.nda
     return images.random_resized_crop(example["image"], size, rng)
 
 
-def _read(image_file: Path, label_file: Path) -> Arrays:
+def _decoded(examples: records.Records) -> Arrays:
+    pixels = np.zeros((len(examples), *DATASET.image_shape(DATASET.image_size)), np.uint8)
+    labels = np.zeros(len(examples), np.int64)
+    problems = {}
+    for index in range(len(examples)):
+        try:
+            example = examples[index]
+            image = encoded.decode(example["image"], DATASET.channels, example["name"])
+        except ValueError as error:  # Whether it may be passed over is for the training to say.
+            problems[index] = error
+        else:
+            pixels[index], labels[index] = image, example["label"]
+    return Arrays(pixels, labels, examples.place, problems)
+
+
+def _read(image_file: Path, label_file: Path, split: str) -> Arrays:
     pixels = _read_idx(image_file, num_axes=3)
     labels = _read_idx(label_file, num_axes=1)
     if len(pixels) != len(labels):
@@ -105,7 +128,16 @@ def _read(image_file: Path, label_file: Path) -> Arrays:
             f"{image_file} holds {len(pixels)} images, but {label_file} {len(labels)} labels, "
             "where one for each image was expected: download both again."
         )
-    return Arrays(pixels[..., np.newaxis], labels)
+    if not len(labels):
+        raise ValueError(
+            f"{image_file} holds no images, but at least one was expected: download it again."
+        )
+    return Arrays(
+        pixels[..., np.newaxis],
+        labels,
+        lambda index: f"example {index} of the split {split} ({image_file}, {label_file})",
+        {},
+    )
 
 
 def _read_idx(file: Path, num_axes: int) -> np.ndarray:

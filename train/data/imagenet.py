@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import tensorflow_datasets as tfds
 
-from train.data import encoded, images, prepared
+from train.data import encoded, images, prepared, records
 from train.data.augmentation import make_augment
 from train.data.dataset import Dataset, Example
 
@@ -36,26 +35,30 @@ def load(data_dir: Path | None, split: str) -> Sequence[Example]:
         The examples, by index: "image" is a JPEG file as bytes.
 
     Raises:
-        FileNotFoundError: if the split is not there in ArrayRecord files.
+        FileNotFoundError: if the split is not there in ArrayRecord files, or not all of it.
+        ValueError: if it is damaged or empty.
     """
     builder = prepared.find(NAME, VERSION, data_dir)
     if builder is None or SPLITS[split] not in builder.info.splits:
         raise FileNotFoundError(_missing(prepared.folder(data_dir) / NAME, SPLITS[split]))
-    return builder.as_data_source(SPLITS[split], decoders={"image": tfds.decode.SkipDecoding()})
+    return records.open_split(
+        builder,
+        SPLITS[split],
+        "`python -m train.prepare imagenet`",
+        image="image",
+        label="label",
+        file_name="file_name",
+    )
 
 
 def random_crop(example: Example, size: int, rng: np.random.Generator) -> np.ndarray:
     """Returns a random part of the photo."""
-    return encoded.random_resized_crop(example["image"], 3, _name(example), size, rng)
+    return encoded.random_resized_crop(example["image"], 3, example["name"], size, rng)
 
 
 def crop(example: Example, size: int) -> np.ndarray:
     """Returns the centre of the photo."""
-    return images.resized_centre(encoded.decode(example["image"], 3, _name(example)), size)
-
-
-def _name(example: Example) -> str:
-    return example["file_name"].decode()
+    return images.resized_centre(encoded.decode(example["image"], 3, example["name"]), size)
 
 
 def _missing(folder: Path, split: str) -> str:

@@ -1,9 +1,14 @@
 """Data sets that `tensorflow-datasets` has prepared before, read without TensorFlow."""
 
+import json
 import re
 from pathlib import Path
 
 import tensorflow_datasets as tfds
+from google.protobuf.json_format import ParseError  # type: ignore[import-untyped]
+
+# What `tensorflow-datasets` raises where a description that lies with the files is damaged.
+DAMAGED = (ParseError, json.JSONDecodeError)
 
 # As tensorflow-datasets takes them, but for arguments of a builder and for the sets of others.
 _NAME = re.compile(
@@ -13,8 +18,18 @@ _NAME = re.compile(
 
 
 def folder(data_dir: Path | None) -> Path:
-    """Returns the data folder: the given one, or the default of `tensorflow-datasets`."""
-    return Path(tfds.core.constants.DATA_DIR) if data_dir is None else data_dir
+    """Returns the data folder: the given one, or the default of `tensorflow-datasets`.
+
+    Raises:
+        NotADirectoryError: if it is a file.
+    """
+    chosen = Path(tfds.core.constants.DATA_DIR) if data_dir is None else data_dir
+    if chosen.is_file():
+        raise NotADirectoryError(
+            f"the data folder is {chosen}, which is a file, but must be a folder: name another one "
+            "with --data-dir."
+        )
+    return chosen
 
 
 def find(name: str, version: str, data_dir: Path | None) -> tfds.core.DatasetBuilder | None:
@@ -27,12 +42,17 @@ def find(name: str, version: str, data_dir: Path | None) -> tfds.core.DatasetBui
 
     Returns:
         Its builder, or None where it is not there, or only in another format.
+
+    Raises:
+        ValueError: if its description is damaged.
     """
     # Without a look first, the builder warns of every data set that is not there.
     if not any((folder(data_dir) / name).glob(f"{version}/dataset_info.json")):
         return None
     try:
         return tfds.builder(f"{name}:{version}", data_dir=data_dir, file_format="array_record")
+    except DAMAGED as error:
+        raise damaged_description(folder(data_dir) / name, error) from error
     except ValueError:  # It was prepared in another format.
         return None
 
@@ -70,11 +90,28 @@ def open_folder(prepared: Path) -> tfds.core.DatasetBuilder:
 
     Raises:
         FileNotFoundError: if there are no ArrayRecord files.
+        ValueError: if its description is damaged.
     """
     try:
         return tfds.builder_from_directory(prepared, file_format="array_record")
+    except DAMAGED as error:
+        raise damaged_description(prepared, error) from error
     except ValueError as error:
         raise FileNotFoundError(
             f"{prepared} cannot be read: {str(error).splitlines()[0]} Expected are ArrayRecord "
             "files: write them with `python -m train.prepare`."
         ) from error
+
+
+def damaged_description(prepared: Path, error: Exception) -> ValueError:
+    """Makes the error to raise instead of one of `DAMAGED`.
+
+    Args:
+        prepared: the folder of the data set, or one above it.
+        error: what `tensorflow-datasets` raised.
+    """
+    return ValueError(
+        f"dataset_info.json or features.json in {prepared} is damaged ({error}), where what "
+        "tensorflow-datasets wrote was expected: restore it, or remove the folder and prepare the "
+        "data set again."
+    )

@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from train import loop
+from train import pieces as module
+from train.errors import RunError
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def clock(monkeypatch):
             return self.now
 
     clock = Clock()
-    monkeypatch.setattr(loop, "time", clock)
+    monkeypatch.setattr(module, "time", clock)
     return clock
 
 
@@ -30,9 +31,9 @@ def pieces(clock, seconds, wait_for_gate):
             if wait_for_gate:
                 assert clock.gate.wait(timeout=60)
             clock.now += seconds
-            yield {"label": np.arange(4)}
+            yield {"label": np.arange(4), "bad_examples": 1}
 
-    return loop._PiecesOnDevices(read(), jax.devices()[:1])
+    return module.PiecesOnDevices(read(), jax.devices()[:1])
 
 
 def test_devices_wait_for_a_reader_that_is_late(clock):
@@ -56,12 +57,12 @@ def test_devices_do_not_wait_for_what_was_read_while_they_computed(clock):
 
 def test_failure_to_read_is_raised_where_the_piece_is_needed():
     def read():
-        yield {"label": np.arange(2)}
+        yield {"label": np.arange(2), "bad_examples": 0}
         raise ValueError("n01_7.JPEG cannot be decoded")
 
-    failing = loop._PiecesOnDevices(read(), jax.devices()[:1])
+    failing = module.PiecesOnDevices(read(), jax.devices()[:1])
     failing.take()
     failing.prefetch()
 
-    with pytest.raises(ValueError, match="n01_7"):
+    with pytest.raises(RunError, match="n01_7"):
         failing.take()

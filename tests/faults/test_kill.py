@@ -1,0 +1,64 @@
+"""A run that is killed again and again ends with the numbers of one that never was."""
+
+import random
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from tests.train.commands import finish, numbers_of, start
+from train.checkpoint import Checkpoints
+from train.run_folder import CHECKPOINTS
+
+pytestmark = pytest.mark.faults
+
+# Thirty steps, with a checkpoint after nearly every one of them, so that many kills meet one that
+# is being written.
+OPTIONS = (
+    *("digits", "--batch-size", 288, "--epochs", 6, "--eval-epochs", 1, "--checkpoint-steps", 2),
+    *("--transfer-size", 96, "--ema-decay", 0.9, "--seed", 2),
+    *("--optimizer", "lena", "--learning-rate", 0.3, "--group-size", 4),
+)
+
+
+def state_of(workdir):
+    with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
+        last = checkpoints.steps()[-1]
+        return last, checkpoints.arrays(last)
+
+
+@pytest.fixture
+def run(data_dir, tmp_path):
+    # What one part compiled serves the others.
+    compiled = str(tmp_path / "compiled")
+    return lambda workdir: start(
+        *(*OPTIONS, "--workdir", workdir, "--data-dir", data_dir),
+        num_devices=2,
+        JAX_COMPILATION_CACHE_DIR=compiled,
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+    )
+
+
+def test_kills_leave_no_trace(run, tmp_path, full):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    started = time.monotonic()
+    finish(run(whole))
+    seconds = time.monotonic() - started
+    moments = random.Random(0)
+
+    for _ in range(20 if full else 3):
+        process = run(killed)
+        # Most of the time goes into starting; a run is through in the end, whatever is drawn.
+        time.sleep(moments.uniform(0.3, 1.0) * seconds)
+        process.kill()
+        process.communicate()
+    # As a kill in the middle of a line leaves it.
+    with (killed / "metrics.jsonl").open("a") as lines:
+        lines.write('{"step": 9')
+    finish(run(killed))
+
+    assert numbers_of(killed) == numbers_of(whole)
+    (step, state), (expected_step, expected) = state_of(killed), state_of(whole)
+    assert step == expected_step == 30
+    jax.tree.map(np.testing.assert_array_equal, state, expected)

@@ -1,0 +1,93 @@
+"""Requests to end a run, as signals: SIGTERM, which precedes a preemption, and SIGINT, Ctrl-C."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType, TracebackType
+
+import jax
+from jax.experimental import multihost_utils
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interruption:
+    """Notes the signals while a run is under way; a second Ctrl-C ends the process at once.
+
+    Signals are noticed while JAX compiles or computes, too: Python's own handlers wait until that
+    is over. Processes that are joined by `jax.distributed` end together, after the same step.
+
+    Args:
+        say: takes the line that tells the user what happens.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._first: int | None = None
+        self._together = jax.distributed.is_initialized()
+
+    @property
+    def exit_code(self) -> int:
+        """128 and the number of the signal."""
+        return 128 + (self._first or signal.SIGTERM)
+
+    @property
+    def requested(self) -> bool:
+        """Whether this process shall end and may do so by itself."""
+        return self._first is not None and not self._together
+
+    def reached(self, step: int) -> bool:
+        """Whether the run shall end with this step.
+
+        Args:
+            step: all processes must ask after every step.
+        """
+        if self._together:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self.requested
+
+    def __enter__(self) -> "Interruption":
+        # A byte for each signal goes through the pipe, whatever the main thread is doing.
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        # For SIGTERM, jax.distributed has a handler that tells the other processes.
+        caught = SIGNALS[1:] if self._together else SIGNALS
+        self._handlers = {number: signal.signal(number, _ignore) for number in caught}
+        self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, name="signals", daemon=True).start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        os.close(self._writer)  # This ends the thread.
+
+    def _watch(self) -> None:
+        interrupts = 0
+        while received := os.read(self._reader, 1):
+            (number,) = received
+            if number not in self._handlers:
+                continue
+            interrupts += number == signal.SIGINT
+            if interrupts > 1:
+                os._exit(128 + signal.SIGINT)
+            if self._first is None:
+                self._first = number
+                self._say(
+                    f"{signal.Signals(number).name}: the run ends after this step, with a "
+                    "checkpoint. (Ctrl-C, a second one, ends it at once.)"
+                )
+                if self._together:
+                    os.kill(os.getpid(), signal.SIGTERM)
+        os.close(self._reader)
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """Takes the place of the handler that would end the process; the thread does the rest."""
