@@ -37,6 +37,7 @@ from jax.experimental import multihost_utils
 
 from train.errors import RunError
 from train.state import TrainState
+from train.text import listed
 
 METRIC = "test_accuracy"
 _STATE = "state"
@@ -366,8 +367,7 @@ def _which_are_whole(steps: list[int]) -> str:
         return "There is none before it"
     if len(steps) == 1:
         return f"The checkpoint of step {steps[0]} is whole"
-    before = ", ".join(map(str, steps[:-1]))
-    return f"The checkpoints of steps {before} and {steps[-1]} are whole"
+    return f"The checkpoints of steps {listed(steps, 'and')} are whole"
 
 
 def _from_first_process(value: Any) -> Any:

@@ -1,13 +1,13 @@
 """Loss and accuracy of a state over all held-out examples."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 
-from train.body import Batch, make_eval_body
+from train.body import make_eval_body
 from train.build import accumulation_of, image_shape_of
 from train.data.pipeline import eval_batches
-from train.errors import RunError
+from train.errors import RunError, ending_the_run
 from train.interruption import Interruption
 from train.setup import Prepared
 from train.state import TrainState
@@ -43,7 +43,11 @@ def make_evaluation(prepared: Prepared, devices: Sequence[jax.Device]) -> Evalua
             max_bad_examples=config.max_bad_examples,
         )
         sums = {"loss": 0.0, "correct": 0.0, "examples": 0.0}
-        while (batch := _next(batches)) is not None:
+        while True:
+            with ending_the_run():
+                batch = next(batches, None)
+            if batch is None:
+                break
             if interruption.requested:
                 return None
             batch.pop("bad_examples")  # Those of all processes are what is missing in the end.
@@ -60,10 +64,3 @@ def make_evaluation(prepared: Prepared, devices: Sequence[jax.Device]) -> Evalua
         return evaluation
 
     return evaluate
-
-
-def _next(batches: Iterator[Batch]) -> Batch | None:
-    try:
-        return next(batches, None)
-    except (ValueError, OSError) as error:
-        raise RunError(str(error)) from error

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from train.text import listed
+
 _MOST_NAMES = 3
 
 
@@ -52,6 +54,5 @@ def _of(paths: list[str], total: int) -> str:
     if len(paths) == total:
         return f" of all {total} leaves"
     if len(paths) > _MOST_NAMES:
-        return f" of {', '.join(paths[:_MOST_NAMES])} and {len(paths) - _MOST_NAMES} other leaves"
-    *others, last = paths
-    return f" of {', '.join(others)} and {last}" if others else f" of {last}"
+        paths = [*paths[:_MOST_NAMES], f"{len(paths) - _MOST_NAMES} other leaves"]
+    return f" of {listed(paths, 'and')}"

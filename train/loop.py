@@ -107,7 +107,7 @@ class _Run:
             self._take_step(writer, progress)
             if self._is_evaluated():
                 self._evaluate(writer)
-            elif self.step % (self._config.checkpoint_steps or self.step + 1) == 0:
+            elif self._is_saved():
                 self._save()
             if self._interruption.reached(self.step) and not self._is_complete():
                 self._end_early()
@@ -175,6 +175,11 @@ class _Run:
         return (
             self.step == self._prepared.num_steps or self.step * batch_size % interval < batch_size
         )
+
+    def _is_saved(self) -> bool:
+        """Whether a checkpoint follows this step, apart from that of an evaluation."""
+        interval = self._config.checkpoint_steps
+        return interval is not None and self.step % interval == 0
 
     def _is_complete(self) -> bool:
         return self.step == self._prepared.num_steps and bool(self.evaluation)

@@ -11,7 +11,7 @@ import jax
 from train.body import Batch
 from train.build import accumulation_of, image_shape_of
 from train.data.pipeline import train_batches
-from train.errors import RunError
+from train.errors import ending_the_run
 from train.setup import Prepared
 from train.step import shard
 
@@ -64,10 +64,8 @@ class PiecesOnDevices:
             RunError: an example of it cannot be read.
         """
         started = time.perf_counter()
-        try:
+        with ending_the_run():
             piece = self._ahead.popleft().result()
-        except (ValueError, OSError) as error:
-            raise RunError(str(error)) from error
         self._seconds += time.perf_counter() - started
         assert piece is not None
         batch, bad_examples = piece

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import jax
 
 from train.config import Config
+from train.text import first_line
 
 
 def join(config: Config) -> None:
@@ -57,11 +58,10 @@ def describe_loss(error: Exception) -> str | None:
     """
     if jax.process_count() == 1:
         return None
-    reason = str(error).partition("\n")[0]
     return (
         f"process {jax.process_index()} cannot go on without the other processes, of which one has "
-        f"ended or cannot be reached ({reason}). Its own message says why. Start all of them again "
-        "with the same commands: the run goes on from its last checkpoint."
+        f"ended or cannot be reached ({first_line(error)}). Its own message says why. Start all of "
+        "them again with the same commands: the run goes on from its last checkpoint."
     )
 
 

@@ -37,13 +37,8 @@ _CONSEQUENCES = {
 _MAY_CHANGE = frozenset(
     {
         *("workdir", "data_dir", "resume", "coordinator", "num_processes", "process_id"),
-        *(
-            "join_seconds",
-            "checkpoint_steps",
-            "on_nonfinite",
-            "max_nonfinite_steps",
-            "max_bad_examples",
-        ),
+        *("join_seconds", "checkpoint_steps", "max_bad_examples"),
+        *("on_nonfinite", "max_nonfinite_steps"),
     }
 )
 

@@ -5,6 +5,7 @@ import math
 from train.build import network_of, optimizer_of, schedule_of
 from train.config import Config
 from train.data import Dataset
+from train.text import listed
 
 # More than anybody's; it keeps the number of steps in range.
 MOST_EPOCHS = 1_000_000
@@ -71,7 +72,7 @@ def validate(config: Config, dataset: Dataset, num_devices: int, num_processes: 
     if config.learning_rate is None and config.optimizer not in config.learning_rates:
         raise ValueError(
             f"--learning-rate is missing: the configuration {config.config} names none for "
-            f"{config.optimizer}, only for {_either([*config.learning_rates])}. Give one, for a "
+            f"{config.optimizer}, only for {listed(config.learning_rates, 'or')}. Give one, for a "
             "batch of 256 examples."
         )
     if not math.isfinite(config.peak_learning_rate):
@@ -257,7 +258,7 @@ def _multiple_of(
     sizes = [size for size in (below, below + unit) if 0 < size <= largest]
     raise ValueError(
         f"{_option(name)} is {value}, but must be a multiple of {unit}, {unit_name}: "
-        f"{_either(sizes)} would do."
+        f"{listed(sizes, 'or')} would do."
     )
 
 
@@ -270,9 +271,4 @@ def _divides(name: str, value: int, total_name: str, total: int, unit: int = 1) 
 
 
 def _divisors(total: int, unit: int = 1) -> str:
-    return _either([size for size in range(unit, total + 1, unit) if total % size == 0])
-
-
-def _either(names: list) -> str:
-    *others, last = map(str, names)
-    return f"{', '.join(others)} or {last}" if others else last
+    return listed((size for size in range(unit, total + 1, unit) if total % size == 0), "or")

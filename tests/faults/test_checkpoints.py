@@ -6,7 +6,6 @@ import random
 import re
 import resource
 import shutil
-import socket
 import subprocess
 import sys
 
@@ -16,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 
+from tests.train.commands import free_port
 from train.checkpoint import Checkpoints
 from train.errors import RunError
 from train.state import TrainState
@@ -560,9 +560,7 @@ def test_mistake_in_the_program_is_not_blamed_on_the_disk(folder):
 def test_processes_agree(folder):
     name = max(files_in(folder / "40"), key=lambda path: path.stat().st_size)
     truncate(name)
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{listener.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     processes = [start(RESTORE_TOGETHER, folder, address, index) for index in range(2)]
 
     outputs = [process.communicate(timeout=120) for process in processes]

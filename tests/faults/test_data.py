@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from benchmarks import photos
 from tests.train import tiny_imagenet
+from tests.train.batches import assert_same, join
 from tests.train.test_data_by_name import (
     GREY,
     LABEL,
@@ -482,22 +483,6 @@ def evaluation(examples, **options):
     )
 
 
-def joined(parts):
-    """The parts of the processes as the batch of one."""
-    return {
-        name: sum(part[name] for part in parts)
-        if name == "bad_examples"
-        else np.concatenate([part[name] for part in parts])
-        for name in parts[0]
-    }
-
-
-def assert_same(actual, expected):
-    assert actual.keys() == expected.keys()
-    for name in expected:
-        np.testing.assert_array_equal(actual[name], expected[name])
-
-
 KINDS = ("unreadable", "undecodable", "too small", "too large")
 
 
@@ -540,7 +525,7 @@ def test_batches_are_full_and_the_same_however_they_are_made(
             )
             for index in range(process_count)
         ]
-        together = [joined([next(part) for part in parts]) for _ in numbers]
+        together = [join([next(part) for part in parts]) for _ in numbers]
 
     single = training(examples, **options)
     earlier = list(itertools.islice(single, first_batch))
@@ -566,7 +551,7 @@ def test_bad_examples_are_not_evaluated(examples, share, process_count):
     options = {"batch_size": 4 * share, "process_count": process_count}
     parts = [evaluation(examples, **options, process_index=index) for index in range(process_count)]
 
-    batches = [joined(part) for part in zip(*parts, strict=True)]
+    batches = [join(part) for part in zip(*parts, strict=True)]
 
     single = list(evaluation(examples, batch_size=4 * share))
     assert len(batches) == len(single)

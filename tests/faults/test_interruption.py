@@ -2,11 +2,17 @@
 
 import dataclasses
 import signal
-import time
 
 import pytest
 
-from tests.train.commands import finish, lines_of, numbers_of, start
+from tests.train.commands import (
+    finish,
+    lines_of,
+    numbers_of,
+    sharing_what_is_compiled,
+    start,
+    wait_for_step,
+)
 from train import evaluation, loop
 from train.checkpoint import Checkpoints
 from train.configs import CONFIGS
@@ -26,12 +32,9 @@ OPTIONS = (
 
 @pytest.fixture(scope="module")
 def run(data_dir, tmp_path_factory):
-    compiled = str(tmp_path_factory.mktemp("compiled"))
+    environment = sharing_what_is_compiled(tmp_path_factory.mktemp("compiled"))
     return lambda workdir: start(
-        *(*OPTIONS, "--workdir", workdir, "--data-dir", data_dir),
-        num_devices=2,
-        JAX_COMPILATION_CACHE_DIR=compiled,
-        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+        *(*OPTIONS, "--workdir", workdir, "--data-dir", data_dir), num_devices=2, **environment
     )
 
 
@@ -40,14 +43,6 @@ def whole(run, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole")
     finish(run(workdir))
     return workdir
-
-
-def wait_for_step(process, workdir, step):
-    deadline = time.monotonic() + 300
-    while not any(line["step"] >= step for line in lines_of(workdir)):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +54,7 @@ def wait_for_step(process, workdir, step):
 )
 def test_signal_leaves_a_checkpoint_of_all_that_was_done(number, code, run, whole, tmp_path):
     process = run(tmp_path)
-    wait_for_step(process, tmp_path, 5)
+    wait_for_step(5, tmp_path, process)
     process.send_signal(number)
     output, errors = process.communicate(timeout=300)
 

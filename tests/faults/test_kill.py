@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.train.commands import finish, numbers_of, start
+from tests.train.commands import finish, numbers_of, sharing_what_is_compiled, start
 from train.checkpoint import Checkpoints
 from train.run_folder import CHECKPOINTS
 
@@ -30,13 +30,9 @@ def state_of(workdir):
 
 @pytest.fixture
 def run(data_dir, tmp_path):
-    # What one part compiled serves the others.
-    compiled = str(tmp_path / "compiled")
+    environment = sharing_what_is_compiled(tmp_path / "compiled")
     return lambda workdir: start(
-        *(*OPTIONS, "--workdir", workdir, "--data-dir", data_dir),
-        num_devices=2,
-        JAX_COMPILATION_CACHE_DIR=compiled,
-        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+        *(*OPTIONS, "--workdir", workdir, "--data-dir", data_dir), num_devices=2, **environment
     )
 
 

@@ -2,11 +2,19 @@
 
 import re
 import signal
-import time
 
 import pytest
 
-from tests.train.commands import finish, free_port, lines_of, numbers_of, start
+from tests.train.commands import (
+    finish,
+    free_port,
+    lines_of,
+    numbers_of,
+    sharing_what_is_compiled,
+    start,
+    start_two,
+    wait_for_step,
+)
 from train.checkpoint import Checkpoints
 from train.run_folder import CHECKPOINTS
 
@@ -20,22 +28,13 @@ OPTIONS = (
 
 @pytest.fixture(scope="module")
 def run(data_dir, tmp_path_factory):
-    compiled = str(tmp_path_factory.mktemp("compiled"))
+    environment = sharing_what_is_compiled(tmp_path_factory.mktemp("compiled"))
 
-    def start_two(workdir):
-        address = f"127.0.0.1:{free_port()}"
-        return [
-            start(
-                *(*OPTIONS, "--workdir", workdir, "--data-dir", data_dir),
-                *("--coordinator", address, "--num-processes", 2, "--process-id", index),
-                num_devices=2,
-                JAX_COMPILATION_CACHE_DIR=compiled,
-                JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
-            )
-            for index in range(2)
-        ]
+    def start_both(workdir):
+        options = (*OPTIONS, "--workdir", workdir, "--data-dir", data_dir)
+        return start_two(options, options, **environment)
 
-    return start_two
+    return start_both
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +42,6 @@ def whole(run, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole")
     finish(*run(workdir))
     return workdir
-
-
-def wait_for_step(processes, workdir, step):
-    deadline = time.monotonic() + 300
-    while not any(line["step"] >= step for line in lines_of(workdir)):
-        assert all(process.poll() is None for process in processes)
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def checkpoints_of(workdir):
@@ -62,7 +53,7 @@ def checkpoints_of(workdir):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_other_process_ends_with_a_message_and_both_go_on(victim, run, whole, tmp_path):
     processes = run(tmp_path)
-    wait_for_step(processes, tmp_path, 5)
+    wait_for_step(5, tmp_path, *processes)
     processes[victim].kill()
     # JAX's own time-out for a process that gives no sign is 100 seconds.
     _, errors = processes[1 - victim].communicate(timeout=200)
@@ -82,7 +73,7 @@ def test_other_process_ends_with_a_message_and_both_go_on(victim, run, whole, tm
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 def test_signal_to_one_ends_both_with_a_checkpoint(number, run, whole, tmp_path):
     processes = run(tmp_path)
-    wait_for_step(processes, tmp_path, 5)
+    wait_for_step(5, tmp_path, *processes)
     processes[1].send_signal(number)
     outputs = [process.communicate(timeout=120) for process in processes]
 

@@ -20,6 +20,28 @@ def start(*options, num_devices=8, **environment):
     )
 
 
+def start_two(*options_of_each, **environment):
+    """Starts two processes of two devices."""
+    address = f"127.0.0.1:{free_port()}"
+    return [
+        start(
+            *options,
+            *("--coordinator", address, "--num-processes", 2, "--process-id", index),
+            num_devices=2,
+            **environment,
+        )
+        for index, options in enumerate(options_of_each)
+    ]
+
+
+def sharing_what_is_compiled(folder):
+    """The environment of runs of which one need not compile what another has compiled."""
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(folder),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
 def free_port():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -47,14 +69,25 @@ def refusals(*processes):
     return [line.removeprefix("python -m train: ") for line in lines]
 
 
+def wait_until(condition, *processes):
+    """Waits for the condition while all of the runs go on."""
+    deadline = time.monotonic() + 600
+    while not condition():
+        for process in processes:
+            assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def wait_for_step(step, workdir, *processes):
+    """Waits until so many steps are done."""
+    wait_until(lambda: any(line["step"] >= step for line in lines_of(workdir)), *processes)
+
+
 def kill_when(condition, process):
     """Ends a run as a power cut does, as soon as the condition holds."""
-    deadline = time.monotonic() + 600
     with process:
-        while not condition():
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_until(condition, process)
         process.kill()
 
 

@@ -4,6 +4,7 @@ import threading
 import numpy as np
 import pytest
 
+from tests.train.batches import assert_same, join
 from train.data import DATASETS
 from train.data.pipeline import eval_batches, train_batches
 
@@ -32,22 +33,6 @@ def noisy_batches(number, **options):
 def take(batches, number):
     """The next batches, joined to one."""
     return join([next(batches) for _ in range(number)])
-
-
-def join(batches):
-    """The batches, or parts of one, as one; the count of bad examples is summed."""
-    return {
-        name: sum(batch[name] for batch in batches)
-        if name == "bad_examples"
-        else np.concatenate([batch[name] for batch in batches])
-        for name in batches[0]
-    }
-
-
-def assert_same(actual, expected):
-    assert actual.keys() == expected.keys()
-    for name in expected:
-        np.testing.assert_array_equal(actual[name], expected[name])
 
 
 def test_training_batches_have_the_types_that_the_step_expects():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.train.commands import finish, free_port, numbers_of, refusals, start
+from tests.train.commands import finish, numbers_of, refusals, start, start_two
 from train.checkpoint import Checkpoints
 from train.run_folder import CHECKPOINTS
 
@@ -13,24 +13,15 @@ OPTIONS = (
 )
 
 
-def start_two(data_dir, *options_of_each):
-    """Starts two processes of two devices."""
-    address = f"127.0.0.1:{free_port()}"
-    return [
-        start(
-            *(*OPTIONS, "--data-dir", data_dir, *options),
-            *("--coordinator", address, "--num-processes", 2, "--process-id", index),
-            num_devices=2,
-        )
-        for index, options in enumerate(options_of_each)
-    ]
+def start_both(data_dir, *options_of_each):
+    return start_two(*((*OPTIONS, "--data-dir", data_dir, *options) for options in options_of_each))
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory, data_dir):
     """A run of two processes of two devices: its folder and what they say."""
     workdir = tmp_path_factory.mktemp("together")
-    return workdir, finish(*start_two(data_dir, *2 * [("--workdir", workdir)]))
+    return workdir, finish(*start_both(data_dir, *2 * [("--workdir", workdir)]))
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +68,7 @@ def test_two_processes_go_on_together(together, data_dir):
     workdir = together[0]
     before = numbers_of(workdir)
 
-    first, _ = finish(*start_two(data_dir, *2 * [("--workdir", workdir)]))
+    first, _ = finish(*start_both(data_dir, *2 * [("--workdir", workdir)]))
 
     assert "going on from step 6" in first
     assert numbers_of(workdir) == before
@@ -86,7 +77,7 @@ def test_two_processes_go_on_together(together, data_dir):
 def test_process_with_other_options_is_named(tmp_path, data_dir):
     common = ("--workdir", tmp_path)
 
-    first, second = refusals(*start_two(data_dir, common, (*common, "--epochs", "2")))
+    first, second = refusals(*start_both(data_dir, common, (*common, "--epochs", "2")))
 
     assert first == "process 1 refuses to start: its message says why."
     assert second.startswith(
@@ -97,7 +88,7 @@ def test_process_with_other_options_is_named(tmp_path, data_dir):
 def test_folder_that_not_all_processes_see_is_refused(tmp_path, data_dir):
     folders = tmp_path / "first", tmp_path / "second"
 
-    first, second = refusals(*start_two(data_dir, *(("--workdir", folder) for folder in folders)))
+    first, second = refusals(*start_both(data_dir, *(("--workdir", folder) for folder in folders)))
 
     assert first == "process 1 refuses to start: its message says why."
     assert second == (

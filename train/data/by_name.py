@@ -4,6 +4,7 @@ What the training loop has to know of it is taken from the description that lies
 from a part of the training images.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -37,13 +38,19 @@ def make_dataset(builder: tfds.core.DatasetBuilder) -> Dataset:
     """
     image, label = _only(builder, tfds.features.Image), _only(builder, tfds.features.ClassLabel)
     height, width, channels = _shape(builder, image)
-    splits = _splits(builder, image, label)
+
+    # What is looked at here is opened, and checked, once.
+    @functools.cache
+    def opened(split: str) -> records.Records:
+        return _open(builder, split, image, label)
+
+    splits = _splits(builder, opened)
     side = height if height == width else None
     is_small = side is not None and side <= SMALL
 
     def load(data_dir: Path | None, split: str) -> records.Records:
         del data_dir  # They have been found.
-        return _open(builder, splits[split], image, label)
+        return opened(splits[split])
 
     def decode(example: Example) -> np.ndarray:
         return encoded.decode(example["image"], channels, example["name"])
@@ -105,7 +112,9 @@ def _shape(builder: tfds.core.DatasetBuilder, image: str) -> tuple[int | None, i
     return feature.shape
 
 
-def _splits(builder: tfds.core.DatasetBuilder, image: str, label: str) -> dict[str, str]:
+def _splits(
+    builder: tfds.core.DatasetBuilder, opened: Callable[[str], records.Records]
+) -> dict[str, str]:
     """Says which splits are the ones to train and to test on."""
     name, splits = builder.info.full_name, builder.info.splits
     filled = [split for split in ("train", "test", "validation") if _count(builder, split)]
@@ -116,7 +125,7 @@ def _splits(builder: tfds.core.DatasetBuilder, image: str, label: str) -> dict[s
         )
     for split in filled[1:]:
         # The labels of some competitions' test splits were never published: they are -1.
-        examples = _open(builder, split, image, label)
+        examples = opened(split)
         if next(_readable(lambda example: example["label"], examples, range(len(examples)))) >= 0:
             return {"train": "train", "test": split}
     held_out = "train[90%:]"

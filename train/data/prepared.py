@@ -7,6 +7,8 @@ from pathlib import Path
 import tensorflow_datasets as tfds
 from google.protobuf.json_format import ParseError  # type: ignore[import-untyped]
 
+from train.text import first_line
+
 # What `tensorflow-datasets` raises where a description that lies with the files is damaged.
 DAMAGED = (ParseError, json.JSONDecodeError)
 
@@ -98,7 +100,7 @@ def open_folder(prepared: Path) -> tfds.core.DatasetBuilder:
         raise damaged_description(prepared, error) from error
     except ValueError as error:
         raise FileNotFoundError(
-            f"{prepared} cannot be read: {str(error).splitlines()[0]} Expected are ArrayRecord "
+            f"{prepared} cannot be read: {first_line(error)} Expected are ArrayRecord "
             "files: write them with `python -m train.prepare`."
         ) from error
 

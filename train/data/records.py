@@ -11,6 +11,7 @@ from array_record.python.array_record_module import ArrayRecordReader  # type: i
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from train.data.dataset import Example
+from train.text import first_line
 
 # What comes of damaged bytes: from the ArrayRecord file (RuntimeError), from the record in it
 # (DecodeError), and from the features in that, of which some may be missing or of another kind.
@@ -52,7 +53,7 @@ class Records(Sequence[Example]):
             title = f"{read['file_name'].decode()}, " if "file_name" in read else ""
         except _DAMAGED as error:
             raise ValueError(
-                f"{self.place(index)} cannot be read: {_first_line(error)}. The file is damaged: "
+                f"{self.place(index)} cannot be read: {first_line(error)}. The file is damaged: "
                 "restore it, or prepare the data set again."
             ) from error
         return {**read, "name": f"{title}{self.place(index)}"}
@@ -114,13 +115,9 @@ def _check(shard: Path, expected: int, command: str) -> None:
     try:
         reader.close()
     except RuntimeError as error:  # Only here it says why, if at all.
-        reason = _first_line(error)
+        reason = first_line(error)
     if found != expected:
         raise ValueError(
             f"{shard} has {size} bytes, in which {found} examples are found, where {expected} were "
             f"expected, as dataset_info.json says. {reason or 'The file is damaged'}: {again}"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]

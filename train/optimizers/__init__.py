@@ -31,6 +31,7 @@ from train.optimizers.lars import lars, optax_lars
 from train.optimizers.lena import lena
 from train.optimizers.sgd import sgd
 from train.optimizers.tvlars import tvlars
+from train.text import listed
 
 __all__ = ["Optimizer", "OptimizerName", "make_optimizer"]
 
@@ -80,9 +81,8 @@ def make_optimizer(
         ValueError: if there is no such optimizer, or it has no place for an option.
     """
     if name not in _OPTIMIZERS:
-        raise ValueError(
-            f"--optimizer is {name!r}, but must be {_either(get_args(OptimizerName))}."
-        )
+        names = listed(map(repr, get_args(OptimizerName)), "or")
+        raise ValueError(f"--optimizer is {name!r}, but must be {names}.")
     asked_for = {
         option: value
         for option, value in {
@@ -98,7 +98,7 @@ def make_optimizer(
             flag = "--" + option.replace("_", "-")
             raise ValueError(
                 f"{flag} is {value}, but the optimizer {name} has no such thing: leave it out, or "
-                f"choose {_either(having)}."
+                f"choose {listed(map(repr, having), 'or')}."
             )
     known: dict[str, Any] = {
         "momentum": momentum,
@@ -114,8 +114,3 @@ def make_optimizer(
 
 def _parameters(name: str) -> set[str]:
     return set(inspect.signature(_OPTIMIZERS[name]).parameters)
-
-
-def _either(names: Any) -> str:
-    *others, last = map(repr, names)
-    return f"{', '.join(others)} or {last}"
