@@ -107,12 +107,16 @@ class ModelRows:
         }
 
 
-def machine() -> str:
-    """The machine and the versions, in one line."""
+def machine(with_load: bool = True) -> str:
+    """The machine and the versions, in one line.
+
+    Args:
+        with_load: whether it says how busy the machine is.
+    """
     device = jax.devices()[0]
-    load = os.getloadavg()[0]
+    load = f", load {os.getloadavg()[0]:.1f} at the start" if with_load else ""
     return (
-        f"{_processor()}, {os.cpu_count()} cores, load {load:.1f} at the start; "
+        f"{_processor()}, {os.cpu_count()} cores{load}; "
         f"{device.platform} device: {device.device_kind}; "
         f"Python {platform.python_version()}, jax {jax.__version__}, jaxlib {jaxlib.__version__}"
     )

@@ -108,6 +108,7 @@ class Request:
         return self.requested
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("compilation_cache")
 def test_interrupted_evaluation_is_made_up_for(data_dir, tmp_path, monkeypatch):
     config = dataclasses.replace(

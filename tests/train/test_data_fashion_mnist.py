@@ -6,6 +6,7 @@ import PIL.Image
 import pytest
 import tensorflow_datasets as tfds
 
+from tests.train.idx import idx, write
 from train.data import DATASETS, fashion_mnist
 
 FASHION = DATASETS["fashion-mnist"]
@@ -45,17 +46,9 @@ def made_up(split):
     return rng.integers(0, 256, (number, 28, 28), dtype=np.uint8), np.arange(number) % 10
 
 
-def idx(array):
-    header = np.array([0x800 + array.ndim, *array.shape], ">u4").tobytes()
-    return gzip.compress(header + array.astype(np.uint8).tobytes())
-
-
 def write_idx(folder, offset=0):
-    folder.mkdir(parents=True)
-    for split, names in fashion_mnist.FILES.items():
-        images, labels = made_up(split)
-        for name, array in zip(names, (images, (labels + offset) % 10), strict=True):
-            (folder / name).write_bytes(idx(array))
+    splits = {split: made_up(split) for split in fashion_mnist.FILES}
+    write(folder, {name: (x, (y + offset) % 10) for name, (x, y) in splits.items()})
 
 
 @pytest.fixture(autouse=True)
