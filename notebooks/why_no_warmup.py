@@ -168,10 +168,11 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# ## $M_k$ and $L_k$ of every layer and epoch
+# ## $M_k$, $L_k$ and the rates of every layer and epoch
 #
 # Of the sigmoid network, trained by SGD with warm-up, and of a ResNet with BatchNorm, trained by
-# CLARS without.
+# CLARS without. The rates are $\|w_k\| / \|g_k\|$ for LARS and $\|w_k\| / \frac{1}{N} \sum_i
+# \|g_{k,i}\|$ for CLARS, before the trust coefficient and the cap.
 
 # %%
 losses, of_resnet = train(resnet, optimizer("clars", 4.0, 40), 40)
@@ -189,14 +190,15 @@ def draw(ax, history):
     ax.set(xlabel="epoch", yscale="log")
 
 
-fig, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
+titles = {"M": "$M_k$", "L": "$L_k$", "LARS": "rates of LARS", "CLARS": "rates of CLARS"}
+fig, axes = plt.subplots(2, 4, figsize=(15, 7), layout="constrained")
 for row, (name, history) in zip(
     axes, (("sigmoid", of_sigmoid), ("ResNet-8", of_resnet)), strict=True
 ):
-    for ax, quantity in zip(row, "ML", strict=True):
+    for ax, (quantity, title) in zip(row, titles.items(), strict=True):
         draw(ax, history[quantity])
-        ax.set_title(f"${quantity}_k$, {name}")
-    row[1].legend(fontsize="x-small")
+        ax.set_title(f"{title}, {name}")
+    row[-1].legend(fontsize="x-small")
 plt.show()
 print("L_k, epochs 1, 3 and 6:")
 for name, history in (("sigmoid", of_sigmoid), ("ResNet-8", of_resnet)):

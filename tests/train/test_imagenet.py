@@ -47,7 +47,9 @@ def test_resnet50_with_a_kill_on_what_the_real_builder_wrote(imagenet_dir_from_t
     assert_ten_steps(output, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["densenet121", "mobilenetv2"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("densenet121", marks=pytest.mark.long), "mobilenetv2"]
+)
 def test_other_networks(name, imagenet_dir, tmp_path):
     (output,) = finish(start_run(name, imagenet_dir, tmp_path))
 
