@@ -194,12 +194,13 @@ _CPU = Study(
 
 PRESETS: Mapping[str, Study] = {
     "cpu": _CPU,
+    "cpu-ratio": dataclasses.replace(_CPU, contenders=("lars, ratio x 10", "clars, ratio x 10")),
     "cpu-clars": dataclasses.replace(
         _CPU,
         contenders=(
             *("clars", "clars, warm-up", "clars, no cap"),
             *("clars, ratio inside momentum", "clars, decay outside"),
-            *("clars, ratio x 10", "clars, ratio x 10, warm-up", "lars, ratio x 10"),
+            "clars, ratio x 10, warm-up",
         ),
         batch_sizes=(4096,),
     ),
