@@ -50,7 +50,7 @@ from train.schedules import make_schedule
 BATCH = 640
 digits = load_digits()
 images = (digits.images[..., None].astype("float32") - 4.9) / 6.0
-x, x_test, y, y_test = train_test_split(
+x, _, y, _ = train_test_split(
     images, digits.target, test_size=517, random_state=0, stratify=digits.target
 )
 

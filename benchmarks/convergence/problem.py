@@ -2,7 +2,6 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -95,9 +94,3 @@ def augment(pixels: jax.Array, key: jax.Array) -> jax.Array:
 
     moved = jax.vmap(cut)(padded, corners)
     return jnp.where(flips, moved[:, :, ::-1], moved)
-
-
-def normalise(pixels: jax.Array) -> Any:
-    """Makes what goes into the network of pixels."""
-    dataset = fashion_mnist.DATASET
-    return (pixels.astype(jnp.float32) - jnp.asarray(dataset.mean)) / jnp.asarray(dataset.std)

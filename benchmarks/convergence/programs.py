@@ -16,9 +16,10 @@ import optax
 from jax.typing import ArrayLike
 
 import clars_optax
-from benchmarks.convergence.problem import augment, normalise
+from benchmarks.convergence.problem import augment
 from benchmarks.convergence.study import Contender
-from train.body import Accumulation
+from train.body import Accumulation, normalise
+from train.data import fashion_mnist
 from train.optimizers import Optimizer
 
 
@@ -145,7 +146,7 @@ class NetworkPrograms:
     ) -> tuple[jax.Array, Any]:
         logits, updated = self._network.apply(
             {"params": params, "batch_stats": batch_stats},
-            normalise(pixels),
+            normalise(pixels, fashion_mnist.DATASET),
             train=True,
             mutable=["batch_stats"],
         )
@@ -157,7 +158,7 @@ class NetworkPrograms:
     ) -> tuple[jax.Array, jax.Array]:
         logits: Any = self._network.apply(
             {"params": state.params, "batch_stats": state.batch_stats},
-            normalise(pixels),
+            normalise(pixels, fashion_mnist.DATASET),
             train=False,
         )
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)

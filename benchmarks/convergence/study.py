@@ -180,7 +180,7 @@ class Study:
 
 _CPU = Study(
     networks=("resnet8_narrow",),
-    contenders=(*("sgd", "sgd, warm-up", "lars", "lars, warm-up", "clars", "clars, groups of 8"),),
+    contenders=("sgd", "sgd, warm-up", "lars", "lars, warm-up", "clars", "clars, groups of 8"),
     batch_sizes=(512, 2048, 4096),
     num_train=4096,
     num_valid=2000,

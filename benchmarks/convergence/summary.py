@@ -28,11 +28,8 @@ def runs(table: pd.DataFrame) -> pd.DataFrame:
 def grid(table: pd.DataFrame) -> pd.DataFrame:
     """Makes a row for each point of a grid, with means over the seeds that all its points have."""
     last = runs(table)
-    num_points = last.groupby(ROW)["learning_rate"].transform(
-        lambda rates: len(last.loc[rates.index, POINT].drop_duplicates())
-    )
-    num_runs = last.groupby([*ROW, "seed"])["learning_rate"].transform("size")
-    common = last[num_runs == num_points]
+    last["runs_of_seed"] = last.groupby([*ROW, "seed"])["epoch"].transform("size")
+    common = last[last["runs_of_seed"] == last.groupby(ROW)["runs_of_seed"].transform("max")]
     columns = {
         "valid_accuracy": "mean",
         "test_accuracy": "mean",

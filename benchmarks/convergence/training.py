@@ -13,6 +13,8 @@ from benchmarks.convergence.study import Contender
 
 _EVAL_SIZE = 500
 
+Chunk = tuple[jax.Array, jax.Array]
+
 
 class Run(NamedTuple):
     """A point of a grid with a seed.
@@ -66,6 +68,7 @@ class Trainer:
         self._microbatch_size = microbatch_size
         self._epochs = epochs
         self._train = jax.device_put((problem.train.images, problem.train.labels))
+        self._valid, self._test = _chunks(problem.valid), _chunks(problem.test)
         self._optimizers: dict[tuple[Contender, int], OptimizerPrograms] = {}
 
     def train(
@@ -98,7 +101,7 @@ class Trainer:
         state, sums = programs.init(seeds)
         number = 0
         nothing = np.full(len(runs), np.nan)
-        columns = [nothing, *self._measure(state, self._problem.valid), nothing]
+        columns = [nothing, *self._measure(state, self._valid), nothing]
         results = [[Epoch(0, 0, *values)] for values in np.stack(columns, axis=1).tolist()]
         for epoch in range(1, self._epochs + 1):
             generators = [np.random.default_rng((run.seed, epoch)) for run in runs]
@@ -111,9 +114,9 @@ class Trainer:
                 losses.append(sums.loss / pieces)
                 state, sums = programs.finish(state, sums, rates[:, number // pieces - 1])
             train_loss, test_accuracy = np.mean(losses, axis=0), nothing
-            valid_loss, valid_accuracy = self._measure(state, self._problem.valid)
+            valid_loss, valid_accuracy = self._measure(state, self._valid)
             if epoch == self._epochs:
-                _, test_accuracy = self._measure(state, self._problem.test)
+                _, test_accuracy = self._measure(state, self._test)
             finite = np.isfinite(train_loss + valid_loss)
             columns = [train_loss, valid_loss, valid_accuracy, test_accuracy]
             rows = np.stack(columns, axis=1).tolist()
@@ -139,13 +142,16 @@ class Trainer:
             )
         return self._optimizers[key]
 
-    def _measure(self, state: State, split: Split) -> tuple[np.ndarray, np.ndarray]:
+    def _measure(self, state: State, chunks: list[Chunk]) -> tuple[np.ndarray, np.ndarray]:
         """Computes the mean loss and the accuracy of each run."""
-        sums = [
-            self._network.evaluate(
-                state, split.images[i : i + _EVAL_SIZE], split.labels[i : i + _EVAL_SIZE]
-            )
-            for i in range(0, len(split), _EVAL_SIZE)
-        ]
-        loss, correct = np.sum(sums, axis=0) / len(split)
+        sums = [self._network.evaluate(state, *chunk) for chunk in chunks]
+        loss, correct = np.sum(sums, axis=0) / sum(len(labels) for _, labels in chunks)
         return loss, correct
+
+
+def _chunks(split: Split) -> list[Chunk]:
+    """Copies images and labels to the device, in parts that are evaluated at a time."""
+    return [
+        jax.device_put((split.images[i : i + _EVAL_SIZE], split.labels[i : i + _EVAL_SIZE]))
+        for i in range(0, len(split), _EVAL_SIZE)
+    ]

@@ -15,10 +15,12 @@ import pytest
 import clars_optax
 from benchmarks.convergence import __main__ as convergence
 from benchmarks.convergence import programs, report, summary, table
-from benchmarks.convergence.problem import Problem, Split, augment, load, normalise
+from benchmarks.convergence.problem import Problem, Split, augment, load
 from benchmarks.convergence.study import CONTENDERS, PRESETS
 from benchmarks.convergence.training import Run, Trainer
 from tests.train import idx
+from train.body import normalise
+from train.data import fashion_mnist
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 MICROBATCH, EPOCHS = 8, 2
@@ -76,7 +78,9 @@ def slow_epochs(net, problem, run, make, norm_examples=None, group_size=1):
     state = tx.init(params)
 
     def loss_fn(params, pixels, label):
-        logits = net.apply({"params": params}, normalise(pixels[None]), train=True)
+        logits = net.apply(
+            {"params": params}, normalise(pixels[None], fashion_mnist.DATASET), train=True
+        )
         return optax.softmax_cross_entropy_with_integer_labels(logits[0], label)
 
     example_grads = jax.jit(jax.vmap(jax.value_and_grad(loss_fn), in_axes=(None, 0, 0)))
@@ -102,7 +106,9 @@ def slow_epochs(net, problem, run, make, norm_examples=None, group_size=1):
             )
             params = optax.apply_updates(params, updates)
         losses.append(np.mean(of_epoch))
-    logits = net.apply({"params": params}, normalise(problem.test.images), train=False)
+    logits = net.apply(
+        {"params": params}, normalise(problem.test.images, fashion_mnist.DATASET), train=False
+    )
     return losses, float(jnp.mean(logits.argmax(-1) == problem.test.labels))
 
 
