@@ -19,6 +19,7 @@ import numpy as np
 
 from benchmarks.convergence import clars_variants
 from train.models import make_model
+from train.models.densenet import DenseNet
 from train.models.resnet import ResNet
 from train.optimizers import Optimizer, make_optimizer
 from train.schedules import ScheduleName, make_schedule
@@ -124,6 +125,9 @@ NETWORKS: Mapping[str, Callable[[], nn.Module]] = {
     "resnet8_narrow": lambda: ResNet(
         stage_sizes=(1, 1, 1), width=8, num_classes=10, norm_momentum=NORM_MOMENTUM
     ),
+    "densenet16_narrow": lambda: DenseNet(
+        block_sizes=(2, 2, 2), growth_rate=4, num_classes=10, norm_momentum=NORM_MOMENTUM
+    ),
     **{
         name: functools.partial(make_model, name, num_classes=10, norm_momentum=NORM_MOMENTUM)
         for name in ("resnet20", "densenet_bc40", "mobilenet_v2_small")
@@ -195,6 +199,14 @@ _CPU = Study(
 PRESETS: Mapping[str, Study] = {
     "cpu": _CPU,
     "cpu-ratio": dataclasses.replace(_CPU, contenders=("lars, ratio x 10", "clars, ratio x 10")),
+    "cpu-densenet": dataclasses.replace(
+        _CPU,
+        networks=("densenet16_narrow",),
+        contenders=(
+            *("sgd", "sgd, warm-up", "lars, warm-up", "clars"),
+            *("lars, ratio x 10", "clars, ratio x 10"),
+        ),
+    ),
     "cpu-clars": dataclasses.replace(
         _CPU,
         contenders=(
@@ -211,10 +223,10 @@ PRESETS: Mapping[str, Study] = {
             *("lamb", "lena", "tvlars", "clars", "clars, groups of 8", "clars, 256 norms"),
             *("clars, ratio x 10", "lars, ratio x 10"),
         ),
-        batch_sizes=(512, 4096, 24_576, 49_152),
-        num_train=49_152,
-        num_valid=10_000,
-        image_size=28,
+        batch_sizes=(512, 4096, 8192),
+        num_train=8192,
+        num_valid=2000,
+        image_size=14,
         epochs=15,
         microbatch_size=256,
         tuning_seeds=(0, 1, 2),
