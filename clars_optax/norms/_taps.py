@@ -283,7 +283,7 @@ def claimed(
         x = examples_first(arguments[other], use.layouts[other])
         g = examples_first(cotangents[0], use.output_layouts[0])
         device = platform()
-        ways = rule.ways(rows.grouped(x), rows.grouped(g), rows.scale, device.chunk_bytes)
+        ways = rule.ways(rows.grouped(x), rows.grouped(g), rows.scale, device)
         way = cheapest(ways, device, needs_gradient=not rows.has_rest)
         squares, gradient = way.run()
         if gradient is None or rows.has_rest:

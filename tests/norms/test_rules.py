@@ -1,5 +1,6 @@
 """Every way of every rule against the operation's own derivative, one group at a time."""
 
+import dataclasses
 import math
 
 import hypothesis
@@ -13,6 +14,7 @@ from clars_optax.norms._rules import Platform, Way, cheapest, find_rule
 from clars_optax.norms._rules._ways import Squares
 
 SCALE = 3.0
+DEVICE = Platform(1.0, 1.0, chunk_bytes=2**20, kernels="interpreted")
 DENSE = {"dimension_numbers": (((2,), (0,)), ((), ())), "precision": None}
 
 
@@ -40,11 +42,9 @@ def check(operation, w, x, position, group_size, chunk_bytes):
         rows = [weight_gradient(x[i : i + group_size], g[i : i + group_size]) for i in starts]
         # Each example by itself, as the engine hands them over: the batch is out of its axis.
         single = x[:, None], g[:, None]
-        ways.extend(
-            rule.ways(
-                *(z.reshape(-1, group_size, *z.shape[1:]) for z in single), SCALE, chunk_bytes
-            )
-        )
+        grouped = (z.reshape(-1, group_size, *z.shape[1:]) for z in single)
+        device = dataclasses.replace(DEVICE, chunk_bytes=chunk_bytes)
+        ways.extend(rule.ways(*grouped, SCALE, device))
         alone = rule.gradient(*(z[:, None] for z in single))
         return jnp.stack(rows), weight_gradient(x, g), alone, [way.run() for way in ways]
 
@@ -131,7 +131,7 @@ def test_a_kernel_that_meets_only_padding_has_norms_of_zero():
     rng = np.random.default_rng(0)
     x, w = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in [(4, 2, 3), (2, 2, 2)])
     assert not operation(x, w).any()
-    assert len(check(operation, w, x, 1, 2, 300)) == 3
+    assert len(check(operation, w, x, 1, 2, 300)) == 4
 
 
 def test_a_3x3_convolution_has_all_ways():
@@ -142,10 +142,11 @@ def test_a_3x3_convolution_has_all_ways():
 
     rng = np.random.default_rng(0)
     x, w = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in [(7, 5, 4, 3), (3, 3, 3, 2)])
-    # Gram, Pixel-Gram, Direct, and Direct split along each axis; seven groups in chunks of some.
+    # Gram, Pixel-Gram, Direct, Direct split along each axis, and the kernel; seven groups in chunks
+    # of some.
     ways = check(operation, w, x, 1, 1, 4000)
-    assert len(ways) == 5
-    assert sum(way.saved > 0 for way in ways) == 3
+    assert len(ways) == 6
+    assert sum(way.saved > 0 for way in ways) == 4
 
 
 @pytest.mark.parametrize("group_size", [1, 2])
@@ -259,7 +260,7 @@ def test_inputs_with_a_large_mean(kind):
     arrays = [jnp.asarray(z[:, :, None], jnp.float32) for z in (x, g)]
     if kind == "conv":
         arrays = [z.reshape(3, 1, 1, 6, 6, -1) for z in arrays]
-    for way in rule.ways(*arrays, 1.0, 2**20):
+    for way in rule.ways(*arrays, 1.0, DEVICE):
         squares, _ = way.run()
         np.testing.assert_allclose(squares, expected, rtol=3e-5)
 
@@ -268,7 +269,7 @@ def test_float16_does_not_overflow():
     # The cotangents fit into float16, N times as much does not.
     rule = find_rule("dot_general", DENSE, [(64, 2, 3), (3, 4), (64, 2, 4)], 1)
     x, g = jnp.ones((64, 1, 2, 3), jnp.float16), jnp.full((64, 1, 2, 4), 2e3, jnp.float16)
-    for way in rule.ways(x[:, None], g[:, None], 64.0, 2**20):
+    for way in rule.ways(x[:, None], g[:, None], 64.0, DEVICE):
         squares, _ = way.run()
         np.testing.assert_allclose(squares, 12 * (64 * 4e3) ** 2, rtol=1e-3)
 

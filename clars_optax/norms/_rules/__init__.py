@@ -13,7 +13,8 @@ from clars_optax.norms._rules._conv import Conv
 from clars_optax.norms._rules._dense import Dense
 from clars_optax.norms._rules._elementwise import Elementwise
 from clars_optax.norms._rules._embedding import Embedding, is_lookup
-from clars_optax.norms._rules._ways import Platform, Squares, Way, cheapest, platform
+from clars_optax.norms._rules._platforms import platform
+from clars_optax.norms._rules._ways import Platform, Squares, Way, cheapest
 
 __all__ = ["Platform", "Rule", "Squares", "Way", "cheapest", "find_rule", "platform"]
 
@@ -21,7 +22,7 @@ __all__ = ["Platform", "Rule", "Squares", "Way", "cheapest", "find_rule", "platf
 class Rule(Protocol):
     """The ways to find squared norms for a use of a parameter."""
 
-    def ways(self, x: jax.Array, g: jax.Array, scale: float, chunk_bytes: int) -> list[Way]:
+    def ways(self, x: jax.Array, g: jax.Array, scale: float, device: Platform) -> list[Way]:
         """The ways there are.
 
         Args:
@@ -29,7 +30,7 @@ class Rule(Protocol):
             of the axes.
           g: the cotangent of the result, in the same form.
           scale: a factor for the gradients of which the norms are wanted.
-          chunk_bytes: about how much may be made at a time.
+          device: what the program will run on.
         """
         ...
 

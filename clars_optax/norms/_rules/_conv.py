@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from clars_optax.norms._rules._fused import Geometry, Window, fused
 from clars_optax.norms._rules._products import (
     Sizes,
     along,
@@ -21,7 +22,7 @@ from clars_optax.norms._rules._products import (
     paired,
     without_underflow,
 )
-from clars_optax.norms._rules._ways import Squares, Way
+from clars_optax.norms._rules._ways import Platform, Squares, Way
 
 
 class Conv:
@@ -51,21 +52,22 @@ class Conv:
         self._positions = result[2:]
         self._inner, self._outer = kernel[1], kernel[0] // self._blocks
 
-    def ways(self, x: jax.Array, g: jax.Array, scale: float, chunk_bytes: int) -> list[Way]:
+    def ways(self, x: jax.Array, g: jax.Array, scale: float, device: Platform) -> list[Way]:
         """The ways to the squared norms, from arrays `[G, b, *axes]`."""
         x, g = _channels_last(x, self._image_axes), _channels_last(g, self._result_axes)
         if self._blocks > 1 and self._inner == 1:
-            return [self._depthwise(x, g, scale, chunk_bytes)]
+            return [self._depthwise(x, g, scale, device.chunk_bytes)]
         ways = [self._gram(x, g, scale)]
         if math.prod(self._taps) > 1:
             ways.append(self._pixel_gram(x, g, scale))
-        ways.append(self._direct(x, g, scale, chunk_bytes))
+        ways.append(self._direct(x, g, scale, device.chunk_bytes))
         if self._blocks == 1:
             ways.extend(
-                self._split(x, g, scale, chunk_bytes, axis)
+                self._split(x, g, scale, device.chunk_bytes, axis)
                 for axis, (taps, stride) in enumerate(zip(self._taps, self._strides, strict=True))
                 if taps > 1 and stride == 1
             )
+        ways.extend(self._fused(x, g, scale, device))
         return ways
 
     def gradient(self, x: jax.Array, g: jax.Array) -> None:
@@ -86,14 +88,10 @@ class Conv:
         def rows(x: jax.Array, g: jax.Array) -> jax.Array:
             return gradients(self._in_blocks(self._patches(x)), self._in_blocks(g), self._precision)
 
-        def place(total: jax.Array) -> jax.Array:
-            total = total.reshape(self._blocks, *self._taps, self._inner, self._outer)
-            return self._placed(jnp.moveaxis(total, 0, -2))
-
         return direct(
             self._sizes(x),
             rows,
-            place,
+            self._placed_blocks,
             [x, g],
             scale,
             chunk_bytes=chunk_bytes,
@@ -140,6 +138,27 @@ class Conv:
             chunk_bytes=chunk_bytes,
             extra_bytes=float(x.dtype.itemsize * used),
         )
+
+    def _fused(self, x: jax.Array, g: jax.Array, scale: float, device: Platform) -> list[Way]:
+        windows = tuple(
+            Window(pixels, positions, taps, stride, dilation, low, interior + 1)
+            for pixels, positions, taps, stride, dilation, (low, _, interior) in zip(
+                *(self._pixels, self._positions, self._taps, self._strides, self._dilations),
+                self._padding,
+                strict=True,
+            )
+        )
+        geometry = Geometry(
+            x.shape[0],
+            self._blocks,
+            x.shape[1] * x.shape[2],
+            windows,
+            self._inner,
+            self._outer,
+            blocks_first=False,
+        )
+        place, precision = self._placed_blocks, self._precision
+        return fused(geometry, x, g, scale, place, precision=precision, device=device)
 
     def _depthwise(self, x: jax.Array, g: jax.Array, scale: float, chunk_bytes: int) -> Way:
         """Direct for kernels that see one channel: a sum of element-wise products for each tap."""
@@ -252,6 +271,11 @@ class Conv:
         """`[G, b, R, *positions, blocks * width]` to `[G, blocks, uses, width]`."""
         x = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), self._blocks, -1)
         return x.swapaxes(1, 2)
+
+    def _placed_blocks(self, gradient: jax.Array) -> jax.Array:
+        """`[blocks, *taps, inner, outer]`, its axes merged or not, to the kernel's layout."""
+        gradient = gradient.reshape(self._blocks, *self._taps, self._inner, self._outer)
+        return self._placed(jnp.moveaxis(gradient, 0, -2))
 
     def _placed(self, gradient: jax.Array) -> jax.Array:
         """`[*taps, inner, *blocks and outer]` to the kernel's layout."""

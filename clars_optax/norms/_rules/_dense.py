@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from clars_optax.norms._rules._fused import Geometry, fused
 from clars_optax.norms._rules._products import Sizes, by_gram, direct, gradients, merged
-from clars_optax.norms._rules._ways import Way
+from clars_optax.norms._rules._ways import Platform, Way
 
 
 class Dense:
@@ -37,7 +38,7 @@ class Dense:
         self._uses = range(uses, uses + widths[0])
         self._outer = range(outer, outer + widths[1])
 
-    def ways(self, x: jax.Array, g: jax.Array, scale: float, chunk_bytes: int) -> list[Way]:
+    def ways(self, x: jax.Array, g: jax.Array, scale: float, device: Platform) -> list[Way]:
         """The ways to the squared norms, from arrays `[G, b, *axes]`."""
         a, c = self._canonical(x, g)
         num_groups, num_blocks, uses, inner = a.shape
@@ -46,9 +47,11 @@ class Dense:
         def rows(a: jax.Array, c: jax.Array) -> jax.Array:
             return gradients(a, c, self._precision)
 
+        geometry = Geometry(num_groups, num_blocks, uses, (), inner, sizes.outer, blocks_first=True)
         return [
-            direct(sizes, rows, self._place, [a, c], scale, chunk_bytes=chunk_bytes),
+            direct(sizes, rows, self._place, [a, c], scale, chunk_bytes=device.chunk_bytes),
             by_gram(sizes, lambda: (a, c), scale, self._precision),
+            *fused(geometry, a, c, scale, self._place, precision=self._precision, device=device),
         ]
 
     def gradient(self, x: jax.Array, g: jax.Array) -> jax.Array:

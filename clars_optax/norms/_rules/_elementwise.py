@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from clars_optax.norms._rules._products import squared, sum_of_rows
-from clars_optax.norms._rules._ways import Squares, Way
+from clars_optax.norms._rules._ways import Platform, Squares, Way
 
 
 class Elementwise:
@@ -26,9 +26,9 @@ class Elementwise:
         self._sign = -1.0 if primitive == "sub" and position == 1 else 1.0
         self._summed = tuple(axis + 2 for axis, size in enumerate(shape) if size == 1)
 
-    def ways(self, x: jax.Array, g: jax.Array, scale: float, chunk_bytes: int) -> list[Way]:
+    def ways(self, x: jax.Array, g: jax.Array, scale: float, device: Platform) -> list[Way]:
         """The only way to the squared norms, Direct, from arrays `[G, b, *axes]`."""
-        del chunk_bytes
+        del device
 
         def run() -> Squares:
             rows = self._rows(x, g)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.lax import GatherScatterMode
 
 from clars_optax.norms._rules._products import gram, squared, without_underflow
-from clars_optax.norms._rules._ways import Squares, Way
+from clars_optax.norms._rules._ways import Platform, Squares, Way
 
 
 class Embedding:
@@ -29,7 +29,7 @@ class Embedding:
         self._lengths = [table[axis] for axis in numbers.start_index_map]
         self._drops = params["mode"] == GatherScatterMode.FILL_OR_DROP
 
-    def ways(self, x: jax.Array, g: jax.Array, scale: float, chunk_bytes: int) -> list[Way]:
+    def ways(self, x: jax.Array, g: jax.Array, scale: float, device: Platform) -> list[Way]:
         """The ways to the squared norms, from arrays `[G, b, *axes]`.
 
         The inputs of the product are one-hot vectors. Their Gram matrix says which uses looked up

@@ -1,8 +1,8 @@
-"""Which way to the squared norms is the cheapest: one function, one table."""
+"""Which way to the squared norms is the cheapest."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 
@@ -47,25 +47,15 @@ class Platform:
       flops_per_byte: operations that a large product does while memory moves one byte.
       small_factor: how many times longer an operation takes in a small product.
       chunk_bytes: about how many bytes of single gradients to make at a time.
+      kernel_factor: how many times longer an operation takes in the kernel of `_fused`.
+      kernels: whether that kernel can be run: not at all, on a GPU, or in Pallas's interpreter.
     """
 
     flops_per_byte: float
     small_factor: float
     chunk_bytes: int
-
-
-_PLATFORMS = {
-    # Measured, two cores with AVX-512. What is made at a time stays in the cache.
-    "cpu": Platform(8.0, 3.0, 2 * 2**20),
-    # From data sheets, bfloat16; not measured. Few large steps keep such a device busy.
-    "gpu": Platform(150.0, 2.0, 256 * 2**20),
-    "tpu": Platform(230.0, 2.0, 64 * 2**20),
-}
-
-
-def platform() -> Platform:
-    """The kind of device that programs run on by default."""
-    return _PLATFORMS.get(jax.default_backend(), _PLATFORMS["gpu"])
+    kernel_factor: float = 1.0
+    kernels: Literal["none", "compiled", "interpreted"] = "none"
 
 
 def cheapest(ways: Sequence[Way], device: Platform, *, needs_gradient: bool) -> Way:
