@@ -13,7 +13,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 import clars_optax
 from clars_optax.norms import _taps
-from clars_optax.norms._rules import Platform, _fused, find_rule, platform
+from clars_optax.norms._rules import Platform, _fused, _kernel, find_rule, platform
 
 # Its operations and all bytes are free there, so that it is chosen wherever it can be.
 INTERPRETED = Platform(0.0, 1.0, 2**20, kernel_factor=0.0, kernels="interpreted")
@@ -26,10 +26,10 @@ DENSE = {"dimension_numbers": (((2,), (0,)), ((), ())), "precision": None}
     [(1, 99, 1), (7, 9, 3), (5, 13, 4)],  # the last of three has one group, of four has none
 )
 def test_many_tiles_steps_and_parts(monkeypatch, num_groups, programs, parts):
-    monkeypatch.setattr(_fused, "_PROGRAMS", programs)
+    monkeypatch.setattr(_kernel, "_PROGRAMS", programs)
     # Two tiles by two, and three steps, none of which is full.
-    geometry = _fused.Geometry(num_groups, 1, 70, (), 70, 130, blocks_first=True)
-    tiles = _fused._Tiles.of(geometry, itemsize=4)
+    geometry = _kernel.Geometry(num_groups, 1, 70, (), 70, 130, blocks_first=True)
+    tiles = _kernel.Tiles.of(geometry, itemsize=4)
     assert (tiles.row_tiles, tiles.column_tiles, tiles.parts) == (2, 2, parts)
     assert 2 * tiles.uses < geometry.uses < 3 * tiles.uses
     rng = np.random.default_rng(0)
@@ -45,13 +45,11 @@ def test_many_tiles_steps_and_parts(monkeypatch, num_groups, programs, parts):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("spread", [1, 2])
 def test_compiles_to_what_triton_takes(dtype, spread):
-    window = _fused.Window(9, 5 * spread, 3, 3 - spread, 1, 1, spread)
-    geometry = _fused.Geometry(6, 2, 3, (window, window), 20, 24, blocks_first=False)
-    tiles = _fused._Tiles.of(geometry, jnp.dtype(dtype).itemsize)
-
-    def run(x, g):
-        return _fused._call(geometry, tiles, x, g, 2.0, None, interpret=False)
-
+    window = _kernel.Window(9, 5 * spread, 3, 3 - spread, 1, 1, spread)
+    geometry = _kernel.Geometry(6, 2, 3, (window, window), 20, 24, blocks_first=False)
+    run = functools.partial(
+        _kernel.weight_gradient_and_squares, geometry, scale=2.0, precision=None, interpret=False
+    )
     shapes = (6, 3, 9, 9, 40), (6, 3, 5 * spread, 5 * spread, 48)
     traced = jax.jit(run).trace(*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes))
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -153,7 +151,7 @@ def test_mapped_over_devices_and_parameters(interpreted):
 def test_is_no_way_for_arrays_that_it_cannot_take(dtypes, size):
     # Types alone: two thousand million entries would not fit into memory.
     x, g = (jax.ShapeDtypeStruct((size,), dtype) for dtype in dtypes)
-    geometry = _fused.Geometry(size, 1, 1, (), 1, 1, blocks_first=True)
+    geometry = _kernel.Geometry(size, 1, 1, (), 1, 1, blocks_first=True)
     assert not _fused.fused(geometry, x, g, 1.0, jnp.sin, precision=None, device=INTERPRETED)
 
 

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clars_optax.norms._rules._fused import Geometry, Window, fused
+from clars_optax.norms._rules._fused import fused
+from clars_optax.norms._rules._kernel import Geometry, Window
 from clars_optax.norms._rules._products import (
     Sizes,
     along,

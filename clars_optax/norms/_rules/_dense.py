@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clars_optax.norms._rules._fused import Geometry, fused
+from clars_optax.norms._rules._fused import fused
+from clars_optax.norms._rules._kernel import Geometry
 from clars_optax.norms._rules._products import Sizes, by_gram, direct, gradients, merged
 from clars_optax.norms._rules._ways import Platform, Way
 

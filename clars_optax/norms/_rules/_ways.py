@@ -47,7 +47,7 @@ class Platform:
       flops_per_byte: operations that a large product does while memory moves one byte.
       small_factor: how many times longer an operation takes in a small product.
       chunk_bytes: about how many bytes of single gradients to make at a time.
-      kernel_factor: how many times longer an operation takes in the kernel of `_fused`.
+      kernel_factor: how many times longer an operation takes in the kernel of `_kernel`.
       kernels: whether that kernel can be run: not at all, on a GPU, or in Pallas's interpreter.
     """
 
