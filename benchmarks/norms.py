@@ -4,13 +4,11 @@
 """
 
 import argparse
+import functools
 import json
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-
-import jax
 
 from benchmarks.models import MODELS, PRESETS, Problem
 from benchmarks.report import AGAIN, ModelRows, Row, machine, markdown
@@ -43,21 +41,16 @@ def _measure(name: str, make: Variant, problem: Problem, base: Compiled, num_pai
     compiled = None
     try:
         compiled = Compiled.of(make(problem), problem.args)
-        if jax.default_backend() == "cpu" and compiled.temp_bytes > _physical_memory() / 2:
-            # Arguments, results and others need memory too; where it ends, the operating system
-            # ends a process.
+        if compiled.needs_too_much:
             return Row(name, compiled, failure="out of memory")
-        return Row(name, compiled, time_pairs(base, compiled, problem.args, num_pairs))
+        run_base, run = (functools.partial(x.run, problem.args) for x in (base, compiled))
+        return Row(name, compiled, time_pairs(run_base, run, num_pairs))
     except NotImplementedError as error:
         return Row(name, failure="refused", message=str(error))
     except Exception as error:  # An hour's table is not lost for one of its cells.
         exhausted = "RESOURCE_EXHAUSTED" in str(error)
         failure = "out of memory" if exhausted else type(error).__name__
         return Row(name, compiled, failure=failure, message=str(error))
-
-
-def _physical_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _write(folder: Path, header: str, num_pairs: int, models: Sequence[ModelRows]) -> None:

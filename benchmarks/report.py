@@ -125,13 +125,17 @@ def machine(with_load: bool = True) -> str:
 def markdown(machine: str, num_pairs: int, models: Sequence[ModelRows]) -> str:
     """The table, with what is needed to read it."""
     lines = list(itertools.chain.from_iterable(model.cells() for model in models))
-    widths = [max(map(len, column)) for column in zip(_HEADER, *lines, strict=True)]
+    return f"{machine}; medians of {num_pairs} pairs\n\n{table(_HEADER, lines)}"
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown whose columns line up."""
+    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
     rule = tuple("-" * width for width in widths)
-    table = "\n".join(
+    return "\n".join(
         f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |"
-        for line in (_HEADER, rule, *lines)
+        for line in (header, rule, *lines)
     )
-    return f"{machine}; medians of {num_pairs} pairs\n\n{table}"
 
 
 def _build(compiled: Compiled) -> str:

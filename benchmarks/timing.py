@@ -1,6 +1,7 @@
 """Compiles functions and times them side by side."""
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -48,11 +49,25 @@ class Compiled:
             flops=cost["flops"] if jax.default_backend() != "gpu" else None,
         )
 
-    def run(self, args: tuple[Any, ...]) -> float:
-        """Runs it once; returns the seconds until all results are there."""
+    @property
+    def needs_too_much(self) -> bool:
+        """Whether it had better not be run, for want of memory.
+
+        Other devices refuse; where a CPU's memory ends, the operating system ends a process. There,
+        half of it is for arguments, results and others.
+        """
+        return jax.default_backend() == "cpu" and self.temp_bytes > _physical_memory() / 2
+
+    def run(self, args: tuple[Any, ...], repeats: int = 1) -> float:
+        """Runs it; returns the seconds until all results are there, per run.
+
+        Args:
+            args: its arguments.
+            repeats: runs that are sent to the device at once, which hides the time of sending.
+        """
         start = time.perf_counter()
-        jax.block_until_ready(self.function(*args))
-        return time.perf_counter() - start
+        jax.block_until_ready([self.function(*args) for _ in range(repeats)])
+        return (time.perf_counter() - start) / repeats
 
     def numbers(self) -> dict[str, Any]:
         """Everything but the function, as JSON takes it."""
@@ -107,13 +122,23 @@ class Pairs:
         return np.asarray(self.other) / np.asarray(self.base)
 
 
-def time_pairs(base: Compiled, other: Compiled, args: tuple[Any, ...], num_pairs: int) -> Pairs:
-    """Runs two functions in turn, the first of a pair being now the one, now the other."""
-    base.run(args)
-    other.run(args)
+def time_pairs(base: Callable[[], float], other: Callable[[], float], num_pairs: int) -> Pairs:
+    """Runs two functions in turn, the first of a pair being now the one, now the other.
+
+    Args:
+        base: runs once, and returns the seconds that it took.
+        other: likewise.
+        num_pairs: runs of each, besides one to warm up.
+    """
+    base()
+    other()
     pairs = Pairs([], [])
     for index in range(num_pairs):
         runs = [(base, pairs.base), (other, pairs.other)]
-        for compiled, seconds in runs if index % 2 == 0 else reversed(runs):
-            seconds.append(compiled.run(args))
+        for run, seconds in runs if index % 2 == 0 else reversed(runs):
+            seconds.append(run())
     return pairs
+
+
+def _physical_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import norms
+from benchmarks import norms, timing
 from benchmarks.models import MLP, MODELS, PRESETS, make_problem
 from benchmarks.timing import Compiled, Pairs, time_pairs
 from benchmarks.variants import VARIANTS, plain
@@ -77,7 +77,7 @@ def test_a_variant_that_fails_leaves_the_rest_of_the_table(
 
 @pytest.mark.usefixtures("tiny")
 def test_what_needs_more_memory_than_there_is_does_not_run(monkeypatch, capsys):
-    monkeypatch.setattr(norms, "_physical_memory", lambda: 0)
+    monkeypatch.setattr(timing, "_physical_memory", lambda: 0)
 
     norms.main(["--models", "mlp", "--variants", "exact", "--pairs", "1"])
 
@@ -131,7 +131,7 @@ def test_the_order_in_a_pair_alternates():
         for name in ("base", "other")
     ]
 
-    pairs = time_pairs(*functions, (), 2)
+    pairs = time_pairs(*(lambda f=f: f.run(()) for f in functions), 2)
 
     assert calls == ["base", "other", "base", "other", "other", "base"]  # The first two to warm up.
     assert len(pairs.base) == len(pairs.other) == 2

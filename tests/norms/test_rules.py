@@ -284,7 +284,7 @@ def test_no_rule_where_there_is_none():
 
 def test_the_cheapest_way():
     def way(**costs):
-        costs = {"flops": 0.0, "small_flops": 0.0, "moved": 0.0, **costs}
+        costs = {"name": "", "flops": 0.0, "small_flops": 0.0, "moved": 0.0, **costs}
         return Way(run=lambda: Squares(jnp.zeros(1), None), **costs)
 
     device = Platform(flops_per_byte=10.0, small_factor=2.0, chunk_bytes=1)

@@ -138,6 +138,7 @@ class Conv:
             scale,
             chunk_bytes=chunk_bytes,
             extra_bytes=float(x.dtype.itemsize * used),
+            name=f"Split {axis}",
         )
 
     def _fused(self, x: jax.Array, g: jax.Array, scale: float, device: Platform) -> list[Way]:
@@ -232,7 +233,8 @@ class Conv:
 
         blocks = sizes.groups * sizes.blocks
         flops = 2.0 * blocks * (pixels**2 * self._inner + sizes.uses**2 * (sizes.outer + taps))
-        return Way(0.0, flops, 8.0 * blocks * (pixels**2 + 2 * sizes.uses**2), run)
+        moved = 8.0 * blocks * (pixels**2 + 2 * sizes.uses**2)
+        return Way("Pixel-Gram", 0.0, flops, moved, run)
 
     def _padded(self, x: jax.Array) -> jax.Array:
         padding = [(0, 0, 0)] * 3 + self._padding + [(0, 0, 0)]

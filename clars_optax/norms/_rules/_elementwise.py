@@ -35,7 +35,8 @@ class Elementwise:
             gradient = sum_of_rows(rows) * self._sign
             return Squares(squared(rows * scale), gradient.reshape(self._shape))
 
-        return [Way(2.0 * g.size, 0.0, float(g.size * g.dtype.itemsize), run, saved=2.0 * g.size)]
+        moved = float(g.size * g.dtype.itemsize)
+        return [Way("Direct", 2.0 * g.size, 0.0, moved, run, saved=2.0 * g.size)]
 
     def gradient(self, x: jax.Array, g: jax.Array) -> None:
         """None: the operation's own derivative is as good."""

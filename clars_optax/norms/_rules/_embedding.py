@@ -71,8 +71,8 @@ class Embedding:
         sorted_bytes = 40.0 * 4 * num_groups * uses * width
         pairs = 1.0 * num_groups * uses**2
         return [
-            Way(0.0, 2.0 * pairs * width, 12.0 * pairs, by_pairs),
-            Way(0.0, 0.0, sorted_bytes, by_entries),
+            Way("Gram", 0.0, 2.0 * pairs * width, 12.0 * pairs, by_pairs),
+            Way("Direct", 0.0, 0.0, sorted_bytes, by_entries),
         ]
 
     def gradient(self, x: jax.Array, g: jax.Array) -> None:

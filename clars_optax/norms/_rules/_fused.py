@@ -55,6 +55,7 @@ def fused(
     written = 4.0 * (tiles.parts * geometry.entries + geometry.groups * tiles.number)
     return [
         Way(
+            "Fused",
             device.kernel_factor * multiplied * tiles.entries,
             0.0,
             2 * written,

@@ -173,6 +173,7 @@ def direct(
     *,
     chunk_bytes: int,
     extra_bytes: float = 0.0,
+    name: str = "Direct",
 ) -> Way:
     """Direct, a chunk of the groups at a time.
 
@@ -184,6 +185,7 @@ def direct(
       scale: a factor for the gradients of which the norms are wanted.
       chunk_bytes: how much may be made at a time.
       extra_bytes: what `rows` writes besides the gradients, for all groups.
+      name: of the way.
     """
     made_bytes = sizes.rows_bytes + extra_bytes
     num_chunks = min(sizes.groups, math.ceil(made_bytes / chunk_bytes))
@@ -214,7 +216,7 @@ def direct(
         return Squares(jnp.concatenate(found), place(total))
 
     moved = 3 * sizes.rows_bytes + 2 * extra_bytes
-    return Way(sizes.gradient_flops, 0.0, moved, run, saved=sizes.gradient_flops)
+    return Way(name, sizes.gradient_flops, 0.0, moved, run, saved=sizes.gradient_flops)
 
 
 def by_gram(
@@ -246,4 +248,5 @@ def by_gram(
         squares = paired(gram(a, precision), gram(g, precision), along(a, mean), mean_square, g)
         return Squares(squares * rest**2, None)
 
-    return Way(0.0, sizes.pairs_flops, 4 * sizes.pairs_bytes + 2 * extra_bytes, run)
+    moved = 4 * sizes.pairs_bytes + 2 * extra_bytes
+    return Way("Gram", 0.0, sizes.pairs_flops, moved, run)

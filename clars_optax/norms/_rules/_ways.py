@@ -25,6 +25,7 @@ class Way:
     """A way to the squared norms.
 
     Attributes:
+      name: of the way, as `docs/engine.md` has it.
       flops: floating-point operations in large products.
       small_flops: those in many small products.
       moved: bytes that are written to or read from memory.
@@ -32,6 +33,7 @@ class Way:
       saved: operations of the ordinary weight gradient, where that is a by-product.
     """
 
+    name: str
     flops: float
     small_flops: float
     moved: float
@@ -58,21 +60,22 @@ class Platform:
     kernels: Literal["none", "compiled", "interpreted"] = "none"
 
 
-def cheapest(ways: Sequence[Way], device: Platform, *, needs_gradient: bool) -> Way:
-    """The way that costs least.
+def cost(way: Way, device: Platform, *, needs_gradient: bool) -> float:
+    """What a way costs, in operations.
 
     Args:
-      ways: the ways there are.
+      way: the way.
       device: what the program will run on.
       needs_gradient: whether a gradient that comes as a by-product is of use.
     """
+    return (
+        way.flops
+        + device.small_factor * way.small_flops
+        + device.flops_per_byte * way.moved
+        - (way.saved if needs_gradient else 0.0)
+    )
 
-    def cost(way: Way) -> float:
-        return (
-            way.flops
-            + device.small_factor * way.small_flops
-            + device.flops_per_byte * way.moved
-            - (way.saved if needs_gradient else 0.0)
-        )
 
-    return min(ways, key=cost)
+def cheapest(ways: Sequence[Way], device: Platform, *, needs_gradient: bool) -> Way:
+    """The way that costs least; arguments as those of `cost`."""
+    return min(ways, key=lambda way: cost(way, device, needs_gradient=needs_gradient))

@@ -1,0 +1,240 @@
+"""Where the price of the norms comes from: every way to them, for every leaf that a rule has.
+
+`python -m benchmarks.leaves` prints one table; `benchmarks/README.md` says what is in it.
+"""
+
+import argparse
+import dataclasses
+import functools
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.models import MODELS, PRESETS, Problem
+from benchmarks.report import machine, table
+from benchmarks.timing import Compiled
+from clars_optax.norms._layout import examples_first
+from clars_optax.norms._plan import Plan
+from clars_optax.norms._rules import Rule, Way, cheapest, cost, platform
+from clars_optax.norms._taps import Rows, Use
+from clars_optax.norms._trace import make_plan
+
+# A way that is said to be so many times dearer than another is not worth its compilation.
+_HOPELESS = 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """A parameter with a rule.
+
+    Attributes:
+        path: its place among the parameters.
+        use: the operation in which it meets the batch.
+        rule: of that operation.
+        rows: what the norms are of.
+    """
+
+    path: str
+    use: Use
+    rule: Rule
+    rows: Rows
+
+    @property
+    def key(self) -> Any:
+        """The same for leaves of which one stands for all."""
+        operation = self.use.operation
+        operands = [(value.shape, value.aval.dtype) for value in operation.operands]
+        return operation.name, str(operation.params), str(operands)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the parameter where it meets the batch."""
+        (parameter,) = self.use.shadowed
+        return self.use.operation.arguments[parameter].shape
+
+    def arrays(self) -> tuple[list[jax.Array], jax.Array]:
+        """Draws arguments and cotangent."""
+        rng = np.random.default_rng(0)
+
+        def draw(value: Any) -> jax.Array:
+            if jnp.issubdtype(value.aval.dtype, jnp.floating):
+                return jnp.asarray(rng.standard_normal(value.shape, np.float32), value.aval.dtype)
+            return jnp.zeros(value.shape, value.aval.dtype)
+
+        operation = self.use.operation
+        return [draw(value) for value in operation.arguments], draw(operation.outputs[0])
+
+    def ways(self, arguments: Sequence[jax.Array], cotangent: jax.Array) -> list[Way]:
+        """The ways that the engine chooses from."""
+        (other,) = (i for i, layout in enumerate(self.use.layouts) if layout.carries_batch)
+        x = examples_first(arguments[other], self.use.layouts[other])
+        g = examples_first(cotangent, self.use.output_layouts[0])
+        rows = self.rows
+        return self.rule.ways(rows.grouped(x), rows.grouped(g), rows.scale, platform())
+
+    def gradient(self, arguments: Sequence[jax.Array], cotangent: jax.Array) -> jax.Array:
+        """The weight gradient alone."""
+        return self.use.pull(arguments, [cotangent], self.use.shadowed)[0]
+
+    def squares_and_gradient(
+        self, name: str, arguments: Sequence[jax.Array], cotangent: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The squared norms by the way of a name, and the weight gradient."""
+        (way,) = (way for way in self.ways(arguments, cotangent) if way.name == name)
+        squares, gradient = way.run()
+        if gradient is None:
+            gradient = self.gradient(arguments, cotangent)
+        return squares, gradient
+
+
+def leaves_of(problem: Problem) -> Iterator[Leaf]:
+    """Finds the parameters for which there are rules, those inside of nested programs too."""
+    with_paths, treedef = jax.tree.flatten_with_path(problem.params)
+    paths = [jax.tree_util.keystr(path) for path, _ in with_paths]
+    params = [param for _, param in with_paths]
+    rows = Rows(problem.batch_size, 1, problem.batch_size, is_mean=True)
+
+    def loss_fn(params: Sequence[Any], batch: Sequence[Any]) -> tuple[Any, list[Any]]:
+        return problem.loss_fn(jax.tree.unflatten(treedef, params), *batch), []
+
+    def of_plan(plan: Plan) -> Iterator[Leaf]:
+        for operation, claim in plan.claims.items():
+            path = ", ".join(sorted(plan.roots[claim.param]))
+            yield Leaf(path, plan.use(operation), claim.rule, rows)
+        for nested in plan.nested.values():
+            for inner in nested.plans:
+                yield from of_plan(cast(Plan, inner))
+
+    yield from of_plan(make_plan(loss_fn, params, paths, problem.batch, with_rules=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """The times of a leaf.
+
+    Attributes:
+        chosen: the way that the engine takes.
+        gradient: seconds of the weight gradient alone, median over the rounds.
+        ways: by name, seconds of each way to the norms and the weight gradient; or in a word or two
+            why there are none.
+    """
+
+    chosen: str
+    gradient: float
+    ways: dict[str, float | str]
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """The ways that were timed."""
+        return {name: time for name, time in self.ways.items() if isinstance(time, float)}
+
+
+def measure(leaf: Leaf, num_rounds: int) -> Measured:
+    """Times the weight gradient, and each way to the norms and the weight gradient."""
+    arrays = leaf.arrays()
+    ways: list[Way] = []
+
+    def keep(*arrays: Any) -> None:
+        ways.extend(leaf.ways(*arrays))
+
+    jax.eval_shape(keep, *arrays)
+    device = platform()
+    costs = {way.name: cost(way, device, needs_gradient=False) for way in ways}
+    found: dict[str, float | str] = {}
+    compiled = {"": Compiled.of(leaf.gradient, arrays)}
+    for name in costs:
+        if costs[name] > _HOPELESS * min(costs.values()):
+            found[name] = "not tried"
+            continue
+        try:
+            of_way = Compiled.of(functools.partial(leaf.squares_and_gradient, name), arrays)
+            if of_way.needs_too_much:
+                found[name] = "out of memory"
+                continue
+            of_way.run(arrays)
+        except Exception as error:  # The table says so; the others are not lost.
+            exhausted = "RESOURCE_EXHAUSTED" in str(error)
+            found[name] = "out of memory" if exhausted else type(error).__name__
+            continue
+        compiled[name] = of_way
+    seconds: dict[str, list[float]] = {name: [] for name in compiled}
+    # A single run on an accelerator may take less time than it takes to send it there.
+    repeats = 1 if jax.default_backend() == "cpu" else 20
+    for index in range(num_rounds):
+        for name in list(compiled)[:: 1 if index % 2 else -1]:
+            seconds[name].append(compiled[name].run(arrays, repeats))
+    medians = {name: float(np.median(times)) for name, times in seconds.items()}
+    chosen = cheapest(ways, device, needs_gradient=True).name
+    gradient = medians.pop("")
+    return Measured(chosen, gradient, {name: medians.get(name) or found[name] for name in costs})
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
+    options = _parse(arguments)
+    print(f"{machine()}; medians of {options.rounds} rounds")
+    for name in options.models or PRESETS[options.preset]:
+        size = {"batch_size": options.batch_size} if options.batch_size else {}
+        problem = MODELS[name](**size)
+        print(f"\n**{name}**, N={problem.batch_size}\n\n{_table_of(problem, options.rounds)}")
+
+
+def _table_of(problem: Problem, num_rounds: int) -> str:
+    leaves = list(leaves_of(problem))
+    counts = Counter(leaf.key for leaf in leaves)
+    kinds = {leaf.key: leaf for leaf in reversed(leaves)}
+    results: list[tuple[Leaf, Measured]] = []
+    for leaf in reversed(kinds.values()):
+        print(f"{len(results) + 1} of {len(kinds)}: {leaf.path}", file=sys.stderr, flush=True)
+        results.append((leaf, measure(leaf, num_rounds)))
+    names = list(dict.fromkeys(name for _, measured in results for name in measured.ways))
+
+    def cell(measured: Measured, name: str) -> str:
+        time = measured.ways.get(name, "")
+        text = f"{time * 1e3:.2f}" if isinstance(time, float) else time
+        return f"**{text}**" if name == measured.chosen else text
+
+    lines = [
+        (
+            leaf.path,
+            str(counts[leaf.key]),
+            "x".join(map(str, leaf.shape)),
+            f"{measured.gradient * 1e3:.2f}",
+            *(cell(measured, name) for name in names),
+        )
+        for leaf, measured in results
+    ]
+
+    def total(seconds_of: Callable[[Measured], float]) -> str:
+        return f"{1e3 * sum(counts[leaf.key] * seconds_of(of) for leaf, of in results):.1f} ms"
+
+    gradient = total(lambda measured: measured.gradient)
+    chosen = total(lambda measured: measured.seconds.get(measured.chosen, np.nan))
+    fastest = total(lambda measured: min(measured.seconds.values(), default=np.nan))
+    rest = len(jax.tree.leaves(problem.params)) - len(leaves)
+    return (
+        f"{table(('leaf', 'such leaves', 'shape', 'gradient', *names), lines)}\n\n"
+        f"All of them: {gradient} for the gradient alone, {chosen} by the ways chosen, {fastest} "
+        f"by the fastest. {rest} leaves have no rule."
+    )
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.leaves",
+        description="Times every way to the norms of every leaf, with the weight gradient.",
+    )
+    parser.add_argument("--preset", choices=PRESETS, default="cpu", help="models; default: cpu")
+    parser.add_argument("--models", nargs="+", choices=MODELS, metavar="NAME")
+    parser.add_argument("--rounds", type=int, default=10, help="runs of each way; default: 10")
+    parser.add_argument("--batch-size", type=int, help="default: the model's")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()
