@@ -312,6 +312,17 @@ class Plan:
         """Whether a parameter that enters with a tap gets a shadow here."""
         return param in self.roles and param not in self._claimed
 
+    @property
+    def fanned_out(self) -> frozenset[str]:
+        """The paths of the parameters that have shadows."""
+        found = [
+            self.roots[value]
+            for value in self.program.inputs
+            if self.has_shadow(value) and self.fans_out(value)
+        ]
+        found += [plan.fanned_out for nested in self.nested.values() for plan in nested.plans]
+        return frozenset().union(*found)
+
     def is_claimed(self, value: Value) -> bool:
         """Whether a value is a parameter that a rule has claimed, or a view of it."""
         return value in self._claimed

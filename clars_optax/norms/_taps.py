@@ -118,6 +118,29 @@ def fan_out(parameter: jax.Array, tap: jax.Array, rows: Rows) -> jax.Array:
     return copies(parameter, tap)
 
 
+def differentiated_once(parameter: jax.Array, path: str) -> jax.Array:
+    """The parameter itself, for which a derivative from outside is an error.
+
+    What is computed from a parameter with a shadow is cut off from it, so that its gradient comes
+    from the shadow alone. A second derivative would silently lack all that.
+    """
+
+    @jax.custom_jvp
+    def run(parameter: jax.Array) -> jax.Array:
+        return parameter
+
+    @run.defjvp
+    def refuse(primals: Any, tangents: Any) -> Any:
+        raise NotImplementedError(
+            "A derivative is taken through value_and_grad_and_norms with respect to the parameter "
+            f"{path}, which can be had only for parameters that are used once, in an operation "
+            "that has a rule. Use jax.value_and_grad, and for norms of uncoupled examples "
+            "jax.vmap(jax.grad(loss_fn)), where you differentiate twice."
+        )
+
+    return run(parameter)
+
+
 def spread(value: jax.Array, shadow: jax.Array, rows: Rows) -> jax.Array:
     """A value of parameters alone, whose cotangent belongs to all examples in equal parts."""
 

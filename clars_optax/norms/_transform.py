@@ -13,7 +13,7 @@ from clars_optax.norms._interpreter import run
 from clars_optax.norms._meshes import explicit_mesh, specs, with_automatic_axes
 from clars_optax.norms._microbatches import Result, accumulate, find_aux_axes
 from clars_optax.norms._nested import Entry
-from clars_optax.norms._taps import Rows
+from clars_optax.norms._taps import Rows, differentiated_once
 from clars_optax.norms._trace import make_plan, resized, trace_groups
 
 
@@ -57,6 +57,10 @@ def value_and_grad_and_norms(
     What the loss makes of the batch keeps the order of its positions: after `x[::-1]`, `x[order]`
     or `jnp.roll(x, 1, 0)`, example i is what has come to position i, for the parameters that meet
     it from there on.
+
+    What it returns can be differentiated once more, with respect to whatever it depends on, but for
+    parameters that are used more than once or in an operation that has no rule, for which that is
+    refused.
 
     Works under `jit`, with arrays that are sharded over automatic or explicit axes of a mesh (the
     loss then sees automatic ones, and must not close over sharded arrays), under `vmap`, `pmap` and
@@ -106,7 +110,8 @@ def value_and_grad_and_norms(
       ValueError: Options and batch do not fit; the loss is not a scalar; a parameter has no
         per-example gradient, such as a temperature that divides the mean loss (apply it before the
         mean).
-      NotImplementedError: A parameter enters an operation that the engine cannot follow.
+      NotImplementedError: A parameter enters an operation that the engine cannot follow, or a
+        second derivative with respect to it cannot be had.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -284,11 +289,16 @@ def _one_batch(
         by_example=plan.is_split,
     )
     trace_groups(plan, loss_fn, params, batch, rows)
+    fanned_out = plan.fanned_out
+    params = [
+        differentiated_once(param, path) if path in fanned_out else param
+        for param, path in zip(params, paths, strict=True)
+    ]
 
     def tapped(params: Sequence[Any], taps: Sequence[Any]) -> tuple[Any, list[Any]]:
         entries = [Entry(x, tap=tap) for x, tap in zip(params, taps, strict=True)]
         value, *aux = run(plan, [*entries, *map(Entry, batch)], rows)
-        return value.value, [jax.lax.stop_gradient(x.value) for x in aux]
+        return value.value, [x.value for x in aux]
 
     # Made from the parameters, a tap varies over the same mapped axes as they do.
     taps = [

@@ -270,7 +270,7 @@ def test_too_few_images_are_refused(digits_as_fashion_mnist):
         load(PRESETS["cpu"], digits_as_fashion_mnist)
 
 
-@pytest.mark.parametrize("preset", ["cpu", "cpu-ratio", "cpu-clars"])
+@pytest.mark.parametrize("preset", ["cpu", "cpu-ratio", "cpu-densenet", "cpu-clars"])
 def test_committed_report_is_that_of_the_committed_table(tmp_path, preset):
     folder, study = RESULTS / f"convergence-{preset}", PRESETS[preset]
     rows = table.read(folder)
@@ -295,3 +295,37 @@ def test_readme_shows_the_committed_results(preset):
             for batch_size in PRESETS[preset].batch_sizes
         ]
         assert f"| {name} | {' | '.join(cells)} |" in text
+
+
+def test_the_conclusion_is_that_of_the_committed_results():
+    parts = [
+        summary.results(table.read(RESULTS / f"convergence-{preset}"))
+        for preset in ("cpu", "cpu-ratio", "cpu-densenet")
+    ]
+    results = pd.concat(parts).set_index(["network", "batch_size", "optimizer"])
+    cases = list(itertools.product(("resnet8_narrow", "densenet16_narrow"), (512, 2048, 4096)))
+    text = (RESULTS.parent / "README.md").read_text()
+
+    def cells(name, other=None):
+        for case in cases:
+            result = results.loc[(*case, name)]
+            if other is None:
+                yield f"{100 * result['mean']:.1f}"
+            else:
+                effect = summary.effect(result, results.loc[(*case, other)])
+                yield f"{100 * effect:+.1f}" if effect else "none"
+
+    for name in ("sgd", "clars", "clars, ratio x 10"):
+        assert f"| {name} | {' | '.join(cells(name))} |" in text
+    for title, name, other in (
+        ("SGD, warm-up less without", "sgd, warm-up", "sgd"),
+        ("clars less sgd", "clars", "sgd"),
+        ("clars less sgd, warm-up", "clars", "sgd, warm-up"),
+        ("clars less lars, warm-up", "clars", "lars, warm-up"),
+        ("clars x 10 less clars", "clars, ratio x 10", "clars"),
+        ("clars x 10 less sgd", "clars, ratio x 10", "sgd"),
+        ("clars x 10 less sgd, warm-up", "clars, ratio x 10", "sgd, warm-up"),
+        ("clars x 10 less lars, warm-up", "clars, ratio x 10", "lars, warm-up"),
+        ("clars x 10 less lars x 10", "clars, ratio x 10", "lars, ratio x 10"),
+    ):
+        assert f"| *{title}* | {' | '.join(cells(name, other))} |" in text

@@ -3,6 +3,7 @@
 `test_rules.py` has it among all ways of all products and convolutions.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -42,19 +43,56 @@ def test_many_tiles_steps_and_parts(monkeypatch, num_groups, programs, parts):
     np.testing.assert_allclose(gradient, rows.sum(0), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("spread", [1, 2])
-def test_compiles_to_what_triton_takes(dtype, spread):
+def windowed(spread=1):
     window = _kernel.Window(9, 5 * spread, 3, 3 - spread, 1, 1, spread)
-    geometry = _kernel.Geometry(6, 2, 3, (window, window), 20, 24, blocks_first=False)
+    return _kernel.Geometry(6, 2, 3, (window, window), 20, 24, blocks_first=False)
+
+
+def lowered_for_cuda(function, *shapes, dtype):
+    """What a GPU would get, on a machine that has none."""
+    if dtype is not None:
+        shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+    traced = jax.jit(function).trace(*shapes)
+    try:
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+    except RuntimeError as error:
+        if "No supported GPU" in str(error):
+            pytest.skip("from 0.11 on, JAX lowers kernels where there is a GPU only")
+        raise
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("precision", [None, "highest"])
+@pytest.mark.parametrize("spread", [1, 2])
+def test_convolutions_compile_to_what_triton_takes(spread, precision, dtype):
+    run = functools.partial(
+        _kernel.weight_gradient_and_squares,
+        windowed(spread),
+        scale=2.0,
+        precision=precision and jax.lax.Precision.HIGHEST,
+        interpret=False,
+    )
+    shapes = (6, 3, 9, 9, 40), (6, 3, 5 * spread, 5 * spread, 48)
+    for function, lead in ((run, ()), (jax.vmap(run), (2,))):
+        text = lowered_for_cuda(function, *((*lead, *shape) for shape in shapes), dtype=dtype)
+        assert text.count("xla.gpu.triton") == 1
+    assert "weight_gradient_and_norms" in text
+
+
+@pytest.mark.parametrize("uses", [20, 200])
+@pytest.mark.parametrize("option", ["jax_enable_x64", "jax_numpy_dtype_promotion"])
+def test_products_compile_whatever_the_options_of_jax(monkeypatch, uses, option):
+    geometry = _kernel.Geometry(6, 2, uses, (), 40, 24, blocks_first=True)
     run = functools.partial(
         _kernel.weight_gradient_and_squares, geometry, scale=2.0, precision=None, interpret=False
     )
-    shapes = (6, 3, 9, 9, 40), (6, 3, 5 * spread, 5 * spread, 48)
-    traced = jax.jit(run).trace(*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes))
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    before = getattr(jax.config, option)
+    jax.config.update(option, True if option == "jax_enable_x64" else "strict")
+    try:
+        text = lowered_for_cuda(run, (6, 2, uses, 40), (6, 2, uses, 24), dtype=jnp.bfloat16)
+    finally:
+        jax.config.update(option, before)
     assert "xla.gpu.triton" in text
-    assert "weight_gradient_and_norms" in text
 
 
 @pytest.fixture
@@ -146,29 +184,148 @@ def test_mapped_over_devices_and_parameters(interpreted):
 
 
 @pytest.mark.parametrize(
-    ("dtypes", "size"), [((jnp.int32, jnp.float32), 4), ((jnp.bfloat16, jnp.bfloat16), 2**31)]
+    ("differs", "takes"),
+    [
+        ({}, True),
+        ({"x": jnp.int32, "g": jnp.int32}, False),
+        ({"g": jnp.bfloat16}, False),
+        ({"x": jnp.bfloat16, "g": jnp.bfloat16}, True),
+        ({"x": jnp.bfloat16, "g": jnp.bfloat16, "inner": 3}, False),
+        ({"x": jnp.bfloat16, "g": jnp.bfloat16, "outer": 5}, False),
+        ({"uses": 2**29, "outer": 2}, False),
+        ({"uses": 2**29, "inner": 2}, False),
+        ({"inner": 2**16, "outer": 2**16}, False),
+        ({"groups": 2**22, "inner": 2**15, "uses": 1}, False),
+        ({"precision": jax.lax.Precision.HIGHEST}, True),
+        ({"precision": (jax.lax.Precision.HIGH,) * 2}, True),
+        ({"precision": (jax.lax.Precision.HIGH, jax.lax.Precision.DEFAULT)}, False),
+        ({"precision": jax.lax.DotAlgorithmPreset.F16_F16_F16}, False),
+    ],
 )
-def test_is_no_way_for_arrays_that_it_cannot_take(dtypes, size):
-    # Types alone: two thousand million entries would not fit into memory.
-    x, g = (jax.ShapeDtypeStruct((size,), dtype) for dtype in dtypes)
-    geometry = _kernel.Geometry(size, 1, 1, (), 1, 1, blocks_first=True)
-    assert not _fused.fused(geometry, x, g, 1.0, jnp.sin, precision=None, device=INTERPRETED)
+def test_takes_only_what_it_can(differs, takes):
+    case = {"x": jnp.float32, "g": jnp.float32, "groups": 2, "uses": 5, "inner": 4, "outer": 4}
+    case |= {"precision": None} | differs
+    lead = case["groups"], 1, case["uses"]
+    # Types alone: some would not fit into memory.
+    x = jax.ShapeDtypeStruct((*lead, case["inner"]), case["x"])
+    g = jax.ShapeDtypeStruct((*lead, case["outer"]), case["g"])
+    geometry = _kernel.Geometry(*lead, (), case["inner"], case["outer"], blocks_first=True)
+
+    def ways(x, g):
+        found = _fused.fused(
+            geometry,
+            *(x, g, 1.0, jnp.sin),
+            precision=case["precision"],
+            device=INTERPRETED,
+            direct=lambda x, g: None,
+        )
+        assert bool(found) == takes
+
+    jax.eval_shape(ways, x, g)
 
 
-def test_where_it_does_not_run_that_is_said_once():
-    _fused._works.cache_clear()
+def test_derivatives_are_those_of_the_other_ways(problem, request):
+    params, x = problem
+
+    def derivatives():
+        step = clars_optax.value_and_grad_and_norms(network)
+
+        def of_norms(params):
+            return sum(map(jnp.sum, jax.tree.leaves(step(params, x)[2])))
+
+        return jax.grad(of_norms)(params), jax.jvp(of_norms, (params,), (params,))[1]
+
+    expected = jax.jit(derivatives)()
+    request.getfixturevalue("interpreted")
+    assert_same(jax.jit(lambda: derivatives())(), expected)
+
+
+def compiled(monkeypatch):
+    """A GPU's line of the cost model, for a program that runs on a CPU after all."""
+    monkeypatch.setattr(
+        _taps, "platform", lambda: dataclasses.replace(INTERPRETED, kernels="compiled")
+    )
+    monkeypatch.setattr(_fused, "_is_right", lambda *_: True)
+
+
+def test_a_program_for_another_device_goes_another_way(monkeypatch, problem):
+    generic = jax.jit(clars_optax.value_and_grad_and_norms(network, method="generic"))
+    expected = generic(*problem)
+    compiled(monkeypatch)
+    step = clars_optax.value_and_grad_and_norms(network)
+    assert_same(jax.jit(step)(*problem), expected)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), problem)
+    text = lowered_for_cuda(lambda arguments: step(*arguments), shapes, dtype=None)
+    assert text.count("xla.gpu.triton") == 5
+
+
+KIND = (16, 32, 64, True, "bfloat16", None)
+
+
+@pytest.fixture
+def trial(monkeypatch):
+    """Lets the trial run in the interpreter, with what is done to its results."""
+
+    def run(change=lambda total, squares: (total, squares)):
+        def interpreted(geometry, x, g, **options):
+            return change(*kernel(geometry, x, g, **(options | {"interpret": True})))
+
+        monkeypatch.setattr(_fused, "weight_gradient_and_squares", interpreted)
+
+    kernel = _kernel.weight_gradient_and_squares
+    monkeypatch.setattr(_kernel, "_PROGRAMS", 8)  # the interpreter takes one after another
+    monkeypatch.setattr(_fused, "_warned", set())
+    _fused._error_of.cache_clear()
+    yield run
+    _fused._error_of.cache_clear()
+
+
+@pytest.mark.parametrize("is_one_step", [True, False])
+def test_trial_passes_where_the_kernel_is_right(trial, is_one_step):
+    trial()
+    uses = 16 if is_one_step else 64
+    assert _fused._error_of(16, 32, uses, is_one_step, "bfloat16", None) is None
+
+
+@pytest.mark.parametrize(
+    "change", [lambda t, s: (t.at[0, 0, 0, 0].add(1), s), lambda t, s: (t, s.at[-1].mul(1.01))]
+)
+def test_trial_finds_what_is_wrong(trial, change):
+    trial(change)
+    assert "results in bfloat16 are wrong" in _fused._error_of(16, 16, 16, True, "bfloat16", None)
+
+
+def test_where_it_does_not_run_that_is_said_once(trial):
+    del trial  # the kernel itself, on a CPU
+    tiles = _kernel.Tiles.of(windowed(), itemsize=4)
     with pytest.warns(RuntimeWarning, match="not run on this GPU, so XLA computes .* interpret"):
-        assert not _fused._works()
-    assert not _fused._works()  # a second warning would be an error
+        assert not _fused._is_right(tiles, "float32", None)
+    # A second warning would be an error.
+    assert not _fused._is_right(tiles, "float32", None)
+    assert not _fused._is_right(tiles, "bfloat16", None)
 
 
 def test_needs_a_gpu_that_is_not_shared_out_by_the_compiler(monkeypatch):
     assert platform().kernels == "none"
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(_fused, "_works", lambda: True)
     assert platform().kernels == "none"  # there are eight devices
     seen = []
     jax.pmap(lambda x: (seen.append(platform().kernels), x)[1])(jnp.zeros(2))
     assert set(seen) == {"compiled"}
+    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    for axes, expected in (({"a"}, "none"), ({"a", "b"}, "compiled")):
+        seen.clear()
+        jax.jit(
+            jax.shard_map(
+                lambda x: (seen.append(platform().kernels), x)[1],
+                mesh=mesh,
+                in_specs=PartitionSpec("a"),
+                out_specs=PartitionSpec("a"),
+                axis_names=axes,
+            )
+        )(jnp.zeros(2))
+        assert set(seen) == {expected}
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     assert platform().kernels == "compiled"
+    monkeypatch.setenv("CLARS_OPTAX_KERNEL", "off")
+    assert platform().kernels == "none"

@@ -88,6 +88,47 @@ def test_shard_map_with_varying_parameters(one_device, microbatch_size):
     chex.assert_trees_all_close(jax.jit(mapped)(PARAMS, X, Y), one_device, rtol=1e-5, atol=1e-6)
 
 
+def uncoupled_loss(params, x, y):
+    h = jnp.tanh(x @ params["w"] * params["scale"])
+    return jnp.mean(jnp.sum((h - y) ** 2, axis=1)), h
+
+
+def sum_of_everything(value, grads, norms):
+    value, aux = value
+    cubes = [jnp.sum(leaf**3) for leaf in jax.tree.leaves((grads, norms))]
+    return value + jnp.sum(aux**2) + sum(cubes)
+
+
+def by_definition(params, x, y):
+    def of_example(params, x, y):
+        return uncoupled_loss(params, x[None], y[None])[0]
+
+    result = jax.value_and_grad(uncoupled_loss, has_aux=True)(params, x, y)
+    grads = jax.vmap(jax.grad(of_example), (None, 0, 0))(params, x, y)
+    norms = jax.tree.map(lambda g: jnp.linalg.norm(g.reshape(len(g), -1), axis=1), grads)
+    return sum_of_everything(*result, norms)
+
+
+def test_derivatives_of_everything_it_returns():
+    def ours(params, x, y):
+        return sum_of_everything(*step_of(uncoupled_loss, has_aux=True)(params, x, y))
+
+    found, expected = (jax.jit(jax.grad(f, (0, 1)))(PARAMS, X, Y) for f in (ours, by_definition))
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_derivatives_that_would_be_wrong_are_refused():
+    def ours(params, x, y):
+        step = step_of(uncoupled_loss, has_aux=True, method="generic")
+        return sum_of_everything(*step(params, x, y))
+
+    with pytest.raises(NotImplementedError, match=r"to the parameter args\[0\]\['w'\]"):
+        jax.jit(jax.grad(lambda w: ours(PARAMS | {"w": w}, X, Y)))(PARAMS["w"])
+    # Others are right.
+    found, expected = (jax.grad(f, 1)(PARAMS, X, Y) for f in (ours, by_definition))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_vmap_over_seeds_and_scan_over_steps():
     params = jax.tree.map(lambda p: jnp.stack([p, 2 * p, -p]), PARAMS)
     step = step_of(batch_norm_loss(None))

@@ -159,8 +159,16 @@ class Conv:
             self._outer,
             blocks_first=False,
         )
-        place, precision = self._placed_blocks, self._precision
-        return fused(geometry, x, g, scale, place, precision=precision, device=device)
+        return fused(
+            geometry,
+            x,
+            g,
+            scale,
+            self._placed_blocks,
+            precision=self._precision,
+            device=device,
+            direct=lambda x, g: self._direct(x, g, scale, device.chunk_bytes).run(),
+        )
 
     def _depthwise(self, x: jax.Array, g: jax.Array, scale: float, chunk_bytes: int) -> Way:
         """Direct for kernels that see one channel: a sum of element-wise products for each tap."""

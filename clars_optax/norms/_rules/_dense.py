@@ -49,10 +49,24 @@ class Dense:
             return gradients(a, c, self._precision)
 
         geometry = Geometry(num_groups, num_blocks, uses, (), inner, sizes.outer, blocks_first=True)
+
+        def by_direct(a: jax.Array, c: jax.Array) -> Way:
+            chunk_bytes = device.chunk_bytes
+            return direct(sizes, rows, self._place, [a, c], scale, chunk_bytes=chunk_bytes)
+
         return [
-            direct(sizes, rows, self._place, [a, c], scale, chunk_bytes=device.chunk_bytes),
+            by_direct(a, c),
             by_gram(sizes, lambda: (a, c), scale, self._precision),
-            *fused(geometry, a, c, scale, self._place, precision=self._precision, device=device),
+            *fused(
+                geometry,
+                a,
+                c,
+                scale,
+                self._place,
+                precision=self._precision,
+                device=device,
+                direct=lambda a, c: by_direct(a, c).run(),
+            ),
         ]
 
     def gradient(self, x: jax.Array, g: jax.Array) -> jax.Array:

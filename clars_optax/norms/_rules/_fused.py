@@ -2,7 +2,7 @@
 
 import concurrent.futures
 import functools
-import math
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -11,8 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clars_optax.norms._rules._kernel import Geometry, Tiles, weight_gradient_and_squares
+from clars_optax.norms._rules._kernel import Geometry, Tiles, Window, weight_gradient_and_squares
 from clars_optax.norms._rules._ways import Platform, Squares, Way
+
+# Loads from a multiprocessor's neighbourhood for one from memory; a guess.
+_CACHED_LOADS = 4
 
 
 def fused(
@@ -24,6 +27,7 @@ def fused(
     *,
     precision: Any,
     device: Platform,
+    direct: Callable[[jax.Array, jax.Array], Squares],
 ) -> list[Way]:
     """The way through the kernel, where there is one.
 
@@ -35,92 +39,141 @@ def fused(
       place: brings the sum of gradients, `[B, taps, D, P]`, into the parameter's shape.
       precision: that of the products.
       device: what the program will run on.
+      direct: the same from images and cotangents by other means: for derivatives, and where the
+        program turns out to be for another kind of device.
     """
-    if device.kernels == "none" or not _fits(x, g):
+    if device.kernels == "none" or not _fits(geometry, x, g, precision):
         return []
     tiles = Tiles.of(geometry, x.dtype.itemsize)
+    interpret = device.kernels == "interpreted"
+    if not (interpret or _is_right(tiles, x.dtype.name, _one(precision))):
+        return []
 
-    def run() -> Squares:
+    def kernel(x: jax.Array, g: jax.Array) -> Squares:
         total, squares = weight_gradient_and_squares(
-            geometry,
-            x,
-            g,
-            scale=scale,
-            precision=precision,
-            interpret=device.kernels == "interpreted",
+            geometry, x, g, scale=scale, precision=precision, interpret=interpret
         )
         return Squares(squares, place(total))
 
-    multiplied = 2.0 * geometry.groups * tiles.uses * math.ceil(geometry.uses / tiles.uses)
+    @jax.custom_jvp
+    def run(x: jax.Array, g: jax.Array) -> Squares:
+        if interpret:
+            return kernel(x, g)
+        return jax.lax.platform_dependent(x, g, cuda=kernel, default=direct)
+
+    run.defjvp(lambda primals, tangents: jax.jvp(direct, primals, tangents))
+
+    uses = 1.0 * geometry.groups * tiles.steps * tiles.uses
     written = 4.0 * (tiles.parts * geometry.entries + geometry.groups * tiles.number)
+    loaded = x.dtype.itemsize * uses * tiles.number * (tiles.rows + tiles.columns)
     return [
         Way(
             "Fused",
-            device.kernel_factor * multiplied * tiles.entries,
+            device.kernel_factor * 2 * uses * tiles.entries,
             0.0,
-            2 * written,
-            run,
+            2 * written + max(x.nbytes + g.nbytes, loaded / _CACHED_LOADS),
+            lambda: run(x, g),
             saved=2.0 * geometry.groups * geometry.uses * geometry.entries,
         )
     ]
 
 
-def _fits(x: jax.Array, g: jax.Array) -> bool:
-    """Whether the kernel takes such arrays: one floating-point dtype, 32-bit offsets."""
-    floating = x.dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
-    return floating and x.dtype == g.dtype and max(x.size, g.size) < 2**31
+def _fits(geometry: Geometry, x: jax.Array, g: jax.Array, precision: Any) -> bool:
+    """Whether the kernel takes such arrays."""
+    tiles = Tiles.of(geometry, x.dtype.itemsize)
+    sizes = (x.size, g.size, tiles.parts * geometry.entries, tiles.number * geometry.groups)
+    # Narrower loads than of four bytes are not made ahead of time.
+    widths = (geometry.inner * x.dtype.itemsize, geometry.outer * x.dtype.itemsize)
+    return (
+        x.dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
+        and x.dtype == g.dtype
+        and max(sizes) < 2**31  # offsets have 32 bits
+        and not any(width % 4 for width in widths)
+        and (_one(precision) is None or isinstance(_one(precision), jax.lax.Precision))
+    )
+
+
+def _one(precision: Any) -> Any:
+    """The precision of both operands, where it is the same."""
+    if isinstance(precision, tuple) and len(set(precision)) == 1:
+        return precision[0]
+    return precision
 
 
 def can_run() -> bool:
     """Whether the kernel can be run where the program that is being traced will run.
 
-    On a GPU, unless the compiler is to share the program out among several devices, which it cannot
-    do with a kernel: under `jit` on a mesh. Inside `pmap` and `jax.shard_map` each device has its
-    own.
+    On an NVIDIA GPU, unless the compiler is to share the program out among several devices, which
+    it cannot do with a kernel: under `jit` where there are several. Inside `pmap` and
+    `jax.shard_map` each device has its own. Where the environment variable CLARS_OPTAX_KERNEL is
+    "off", it is not used.
     """
-    if jax.default_backend() != "gpu":
+    if jax.default_backend() != "gpu" or os.environ.get("CLARS_OPTAX_KERNEL") == "off":
         return False
-    is_alone = jax.device_count() == 1 or jax.sharding.get_abstract_mesh().are_all_axes_manual
-    return is_alone and _works()
+    return jax.device_count() == 1 or jax.sharding.get_abstract_mesh().are_all_axes_manual
+
+
+_warned: set[str] = set()
+
+
+def _is_right(tiles: Tiles, dtype: str, precision: Any) -> bool:
+    """Tries such a kernel on the GPU; where it fails, warns that XLA does its work, but once."""
+    error = _error_of(tiles.rows, tiles.columns, tiles.uses, tiles.steps == 1, dtype, precision)
+    if error is not None and not _warned:
+        _warned.add(error)
+        warnings.warn(
+            "The kernel for per-example gradient norms does not run on this GPU, so XLA computes "
+            f"them, with more memory traffic. {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return error is None
 
 
 @functools.cache
-def _works() -> bool:
-    """Tries the kernel on the GPU; where it fails, warns once that XLA does its work."""
+def _error_of(
+    rows: int, columns: int, uses: int, is_one_step: bool, dtype: str, precision: Any
+) -> str | None:
+    """Says what is wrong with the kernel for such tiles; None if nothing is."""
     # Another thread is in the middle of no trace and on no mesh.
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         try:
-            pool.submit(_try).result()
+            pool.submit(_try, rows, columns, uses, is_one_step, dtype, precision).result()
         except Exception as error:  # Whatever the reason, the other ways are as exact.
-            warnings.warn(
-                "The kernel for per-example gradient norms does not run on this GPU, so XLA "
-                f"computes them, with more memory traffic: {type(error).__name__}: {error}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            return False
-    return True
+            return f"{type(error).__name__}: {error}"
+    return None
 
 
-def _try() -> None:
-    """Compares the kernel with NumPy.
+def _try(rows: int, columns: int, uses: int, is_one_step: bool, dtype: str, precision: Any) -> None:
+    """Compares the kernel with NumPy, for a convolution that has such tiles.
 
     Raises:
       RuntimeError: they differ.
     """
+    positions = uses if is_one_step else 2 * uses + 3
+    window = Window(2 * positions, positions, taps=2, stride=2, padding=1)
+    # More groups than parts, so that programs have several.
+    number = 150
+    geometry = Geometry(number, 1, 1, (window,), rows, columns, blocks_first=False)
+    # Small integers are exact in all dtypes and precisions.
     rng = np.random.default_rng(0)
-    x, g = (rng.integers(-3, 4, (5, 150, width)).astype(np.float32) for width in (80, 150))
-    rows = np.einsum("gti,gto->gio", x, g)
-    geometry = Geometry(5, 1, 150, (), 80, 150, blocks_first=True)
-    run = jax.jit(
-        functools.partial(
-            weight_gradient_and_squares, geometry, scale=1.0, precision=None, interpret=False
-        )
+    x = rng.integers(-3, 4, (number, 2 * positions, rows)).astype(np.float32)
+    g = rng.integers(-3, 4, (number, positions, columns)).astype(np.float32)
+    padded = np.pad(x, ((0, 0), (1, 1), (0, 0)))
+    gradients = np.stack(
+        [
+            np.einsum("gti,gto->gio", padded[:, tap : tap + 2 * positions : 2], g)
+            for tap in range(2)
+        ],
+        axis=1,
     )
-    device = jax.local_devices()[0]
-    # Small integers are exact in all of them.
-    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
-        total, squares = run(*jax.device_put((x.astype(dtype), g.astype(dtype)), device))
-        is_right = np.array_equal(total[0, 0], rows.sum(0))
-        if not (is_right and np.allclose(squares, np.sum(rows**2, axis=(1, 2)))):
-            raise RuntimeError(f"its results in {np.dtype(dtype)} are wrong.")
+    run = functools.partial(
+        weight_gradient_and_squares, geometry, scale=1.0, precision=precision, interpret=False
+    )
+    with jax.transfer_guard("allow"):
+        device = jax.local_devices()[0]
+        arrays = jax.device_put((x.astype(jnp.dtype(dtype)), g.astype(jnp.dtype(dtype))), device)
+        total, squares = map(np.asarray, jax.jit(run)(*arrays))
+    is_right = np.array_equal(total[0], gradients.sum(0))
+    if not (is_right and np.allclose(squares, np.sum(gradients**2, axis=(1, 2, 3)))):
+        raise RuntimeError(f"Its results in {dtype} are wrong.")

@@ -9,8 +9,9 @@ The work is split over tiles of the gradient and over the groups, never within a
 program writes sums of its own, which are then added in a fixed order: the same input gives the same
 bits.
 
-Written in Pallas, for its Triton backend, which JAX deprecates since 0.11 but has no portable other
-for. It has been run in Pallas's interpreter and compiled to Triton's language, not yet on a GPU.
+Written in Pallas, for its Triton backend. JAX deprecates that since 0.11, and what is to take its
+place is for Hopper and later GPUs only. It has been run in Pallas's interpreter and compiled, not
+yet on a GPU.
 """
 
 import math
@@ -21,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Programs to keep a GPU busy: two for each of some 130 multiprocessors.
+# Programs to keep a GPU busy: two for each of a Hopper GPU's 132 multiprocessors.
 _PROGRAMS = 264
 
 
@@ -106,6 +107,7 @@ class Tiles:
       column_tiles: likewise.
       number: tiles of the gradient.
       parts: runs of groups, each with programs of its own.
+      steps: how often so many uses are multiplied, to a group's end.
     """
 
     rows: int
@@ -115,6 +117,7 @@ class Tiles:
     column_tiles: int
     number: int
     parts: int
+    steps: int
 
     @classmethod
     def of(cls, geometry: Geometry, itemsize: int) -> "Tiles":
@@ -126,7 +129,8 @@ class Tiles:
         number = geometry.blocks * geometry.taps * row_tiles * column_tiles
         parts = min(geometry.groups, math.ceil(_PROGRAMS / number))
         uses = _power_of_two(geometry.uses, 128 // itemsize)
-        return cls(rows, columns, uses, row_tiles, column_tiles, number, parts)
+        steps = math.ceil(geometry.uses / uses)
+        return cls(rows, columns, uses, row_tiles, column_tiles, number, parts, steps)
 
     @property
     def entries(self) -> int:
@@ -135,7 +139,7 @@ class Tiles:
 
 
 def _power_of_two(size: int, largest: int) -> int:
-    """The power of two from `size` on, but at least 16, which products need, and no larger."""
+    """The next power of two, but at least 16, which products need, and at most `largest`."""
     return max(16, min(largest, 1 << (size - 1).bit_length()))
 
 
@@ -193,12 +197,11 @@ def weight_gradient_and_squares(
             return triton.dot(a, c, trans_a=True, precision=precision)
 
         zeros = jnp.zeros((tiles.rows, tiles.columns), jnp.float32)
-        steps = math.ceil(geometry.uses / tiles.uses)
 
         # One loop over all groups: a loop for each would wait for its first loads every time.
         def add(index: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             total, made = sums
-            group, step = jnp.divmod(index, steps)
+            group, step = jnp.divmod(index, tiles.steps)
             made += gradient(group, step)
 
             def end_of_group() -> tuple[jax.Array, jax.Array]:
@@ -206,12 +209,12 @@ def weight_gradient_and_squares(
                 squares_ref[tile * size + group] = jnp.sum(jnp.square(made * scale))
                 return total + made, zeros
 
-            if steps == 1:
+            if tiles.steps == 1:
                 return end_of_group()
-            return jax.lax.cond(step == steps - 1, end_of_group, lambda: (total, made))
+            return jax.lax.cond(step == tiles.steps - 1, end_of_group, lambda: (total, made))
 
         first, last = part * length, jnp.minimum((part + 1) * length, size)
-        total, _ = jax.lax.fori_loop(first * steps, last * steps, add, (zeros, zeros))
+        total, _ = jax.lax.fori_loop(first * tiles.steps, last * tiles.steps, add, (zeros, zeros))
         starts = (part * geometry.blocks * geometry.taps + rest) * geometry.inner + rows
         triton.store(
             total_ref.at[starts[:, None] * geometry.outer + columns[None, :]],
@@ -224,7 +227,11 @@ def weight_gradient_and_squares(
         out_shape=_like(x, [(tiles.parts * geometry.entries,), (tiles.number * size,)]),
         grid=(tiles.number, tiles.parts),
         interpret=interpret,
-        compiler_params=triton.CompilerParams(num_warps=8, num_stages=3),
+        compiler_params=triton.CompilerParams(
+            # More would compute the same for so small a tile.
+            num_warps=min(8, max(1, tiles.rows * tiles.columns // 1024)),
+            num_stages=3,
+        ),
         name="weight_gradient_and_norms",
     )
     total, squares = call(x.reshape(-1), g.reshape(-1))
