@@ -20,8 +20,9 @@ from benchmarks.report import machine, table
 from benchmarks.timing import Compiled
 from clars_optax.norms._layout import examples_first
 from clars_optax.norms._plan import Plan
+from clars_optax.norms._rows import Rows
 from clars_optax.norms._rules import Rule, Way, cheapest, cost, platform
-from clars_optax.norms._taps import Rows, Use
+from clars_optax.norms._taps import Use
 from clars_optax.norms._trace import make_plan
 
 # A way that is said to be so many times dearer than another is not worth its compilation.

@@ -22,7 +22,7 @@ from clars_optax.norms._layout import Layout
 from clars_optax.norms._obstacles import Obstacle, not_followed
 from clars_optax.norms._primitives import COLLECTIVES
 from clars_optax.norms._program import Operation, Program, Value
-from clars_optax.norms._taps import Rows
+from clars_optax.norms._rows import Rows
 
 _KINDS = frozenset(["checkpoint", "cond", "optimization_barrier", "scan"])
 

@@ -10,8 +10,8 @@ from clars_optax.norms._layout import leading
 from clars_optax.norms._obstacles import Obstacle
 from clars_optax.norms._plan import Plan, Scope
 from clars_optax.norms._program import Operation, Program, match
+from clars_optax.norms._rows import Rows
 from clars_optax.norms._separate import has_same_numbers
-from clars_optax.norms._taps import Rows
 
 Loss = Callable[..., tuple[Any, list[Any]]]
 """Parameters, batch -> loss, auxiliary leaves."""

@@ -13,7 +13,8 @@ from clars_optax.norms._interpreter import run
 from clars_optax.norms._meshes import explicit_mesh, specs, with_automatic_axes
 from clars_optax.norms._microbatches import Result, accumulate, find_aux_axes
 from clars_optax.norms._nested import Entry
-from clars_optax.norms._taps import Rows, differentiated_once
+from clars_optax.norms._rows import Rows
+from clars_optax.norms._taps import differentiated_once
 from clars_optax.norms._trace import make_plan, resized, trace_groups
 
 

@@ -1,12 +1,25 @@
 import dataclasses
+import functools
 import re
+
+import pytest
 
 from benchmarks import memory
 from train.configs import CONFIGS
+from train.models import MODELS
+from train.models.resnet import ResNet
 
 CONFIG = dataclasses.replace(CONFIGS["digits"], batch_size=16, microbatch_size=16)
 
 
+@pytest.fixture
+def small(monkeypatch):
+    """A network that compiles faster."""
+    network = functools.partial(ResNet, stage_sizes=(1,), width=32)
+    monkeypatch.setitem(MODELS, CONFIG.model, network)
+
+
+@pytest.mark.usefixtures("small")
 def test_table(capsys):
     memory.main(
         ["--config", "digits", "--image-size", "8", "--batch-size", "64", "--microbatch-size", "16"]
@@ -33,6 +46,7 @@ def test_images_and_parameters_are_in_the_plan():
     assert plans["step"].results < params
 
 
+@pytest.mark.usefixtures("small")
 def test_batch_in_transfers_needs_one_microbatch_and_two_trees_like_the_parameters():
     params, single = memory.plans_of(CONFIG)
     large = dataclasses.replace(CONFIG, batch_size=128, transfer_size=16)
@@ -47,6 +61,8 @@ def test_loop_over_microbatches_needs_one_of_them_and_two_trees(monkeypatch):
     """On accelerators, where micro-batches are a loop; the images are arguments."""
     params, single = memory.plans_of(CONFIG)
     monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    # It would be tried, on the CPU that this is.
+    monkeypatch.setenv("CLARS_OPTAX_KERNEL", "off")
 
     _, plans = memory.plans_of(dataclasses.replace(CONFIG, batch_size=128))
 

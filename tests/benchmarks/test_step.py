@@ -1,3 +1,4 @@
+import functools
 import re
 
 import jax
@@ -5,6 +6,8 @@ import pytest
 
 from benchmarks import step
 from train.configs import CONFIGS
+from train.models import MODELS
+from train.models.resnet import ResNet
 
 ARGUMENTS = "--config digits --batch-size 8 --microbatch-size 8 --pairs 2".split()
 
@@ -12,6 +15,8 @@ ARGUMENTS = "--config digits --batch-size 8 --microbatch-size 8 --pairs 2".split
 def test_table(capsys, monkeypatch):
     device = jax.devices()[0]
     monkeypatch.setattr(jax, "devices", lambda: [device])
+    small = functools.partial(ResNet, stage_sizes=(1,), width=4)
+    monkeypatch.setitem(MODELS, CONFIGS["digits"].model, small)
 
     step.main([*ARGUMENTS, "--num-norm-examples", "4"])
 

@@ -113,7 +113,7 @@ def convolutions(draw):
 
 
 @hypothesis.settings(
-    max_examples=25, deadline=None, phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate]
+    max_examples=20, deadline=None, phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate]
 )
 @hypothesis.given(convolutions())
 def test_convolutions(case):

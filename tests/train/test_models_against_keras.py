@@ -164,7 +164,9 @@ def check_equal(got, wanted):
     "network",
     [
         densenet("densenet121", "DenseNet121", (6, 12, 24, 16)),
-        densenet("densenet169", "DenseNet169", (6, 12, 32, 32)),
+        pytest.param(
+            densenet("densenet169", "DenseNet169", (6, 12, 32, 32)), marks=pytest.mark.long
+        ),
         mobilenet_v1(),
         mobilenet_v2(),
     ],

@@ -59,7 +59,7 @@ def fused(
     def run(x: jax.Array, g: jax.Array) -> Squares:
         if interpret:
             return kernel(x, g)
-        return jax.lax.platform_dependent(x, g, cuda=kernel, default=direct)
+        return jax.lax.platform_dependent(x, g, cuda=kernel, rocm=kernel, default=direct)
 
     run.defjvp(lambda primals, tangents: jax.jvp(direct, primals, tangents))
 
@@ -103,7 +103,7 @@ def _one(precision: Any) -> Any:
 def can_run() -> bool:
     """Whether the kernel can be run where the program that is being traced will run.
 
-    On an NVIDIA GPU, unless the compiler is to share the program out among several devices, which
+    On a GPU, unless the compiler is to share the program out among several devices, which
     it cannot do with a kernel: under `jit` where there are several. Inside `pmap` and
     `jax.shard_map` each device has its own. Where the environment variable CLARS_OPTAX_KERNEL is
     "off", it is not used.
