@@ -15,7 +15,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--full",
         action="store_true",
-        help="kill twenty times instead of three, and draw ten times as many examples",
+        help="kill twenty times instead of twice, and draw ten times as many examples",
     )
 
 

@@ -43,7 +43,7 @@ def test_kills_leave_no_trace(run, tmp_path, full):
     seconds = time.monotonic() - started
     moments = random.Random(0)
 
-    for _ in range(20 if full else 3):
+    for _ in range(20 if full else 2):
         process = run(killed)
         # Most of the time goes into starting; a run is through in the end, whatever is drawn.
         time.sleep(moments.uniform(0.3, 1.0) * seconds)

@@ -14,7 +14,7 @@ import numpy as np
 from clars_optax.norms._rules._kernel import Geometry, Tiles, Window, weight_gradient_and_squares
 from clars_optax.norms._rules._ways import Platform, Squares, Way
 
-# Loads from a multiprocessor's neighbourhood for one from memory; a guess.
+# How many loads a cache answers for one that memory has to; a guess.
 _CACHED_LOADS = 4
 
 
