@@ -18,7 +18,6 @@ import numpy as np
 from benchmarks.models import MODELS, PRESETS, Problem
 from benchmarks.report import machine, table
 from benchmarks.timing import Compiled
-from clars_optax.norms._layout import examples_first
 from clars_optax.norms._plan import Plan
 from clars_optax.norms._rows import Rows
 from clars_optax.norms._rules import Rule, Way, cheapest, cost, platform
@@ -72,9 +71,7 @@ class Leaf:
 
     def ways(self, arguments: Sequence[jax.Array], cotangent: jax.Array) -> list[Way]:
         """The ways that the engine chooses from."""
-        (other,) = (i for i, layout in enumerate(self.use.layouts) if layout.carries_batch)
-        x = examples_first(arguments[other], self.use.layouts[other])
-        g = examples_first(cotangent, self.use.output_layouts[0])
+        x, g = self.use.for_rule(arguments, cotangent)
         rows = self.rows
         return self.rule.ways(rows.grouped(x), rows.grouped(g), rows.scale, platform())
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from benchmarks.memory import NUM_TRAIN
 from benchmarks.report import machine, table
 from benchmarks.timing import time_pairs
 from train.body import Batch
@@ -22,9 +23,6 @@ from train.configs import CONFIGS
 from train.data import dataset_of
 from train.step import shard
 from train.validation import validate
-
-# Photos in ImageNet's training split, on which the length of the schedule depends.
-_NUM_TRAIN = 1_281_167
 
 BASE = "lars"
 
@@ -40,7 +38,7 @@ class Steps:
         devices = jax.devices()
         dataset = dataset_of(config.dataset, config.data_dir)
         network = network_of(config, dataset, len(devices))
-        self._state, self._step = training_of(config, dataset, network, _NUM_TRAIN, devices)
+        self._state, self._step = training_of(config, dataset, network, NUM_TRAIN, devices)
         size = config.transfer_size or config.batch_size
         rng = np.random.default_rng(0)
         images = rng.integers(0, 256, (size, *image_shape_of(config, dataset)), np.uint8)

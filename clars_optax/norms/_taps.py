@@ -182,6 +182,16 @@ class Use:
             )
         return [jnp.concatenate([x, y[None]]) for x, y in zip(pulled, last, strict=True)]
 
+    def for_rule(
+        self, arguments: Sequence[Any], cotangent: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """The operand that carries the batch and the cotangent, both `[N, *axes]`."""
+        (other,) = (i for i, layout in enumerate(self.layouts) if layout.carries_batch)
+        return (
+            examples_first(arguments[other], self.layouts[other]),
+            examples_first(cotangent, self.output_layouts[0]),
+        )
+
     def gather(self, index: int, argument: Any, cotangents: jax.Array, rows: Rows) -> Any:
         """The cotangent of an argument from those of its entries per row."""
         layout = self.layouts[index]
@@ -221,15 +231,13 @@ def claimed(
 ) -> list[Any]:
     """The only use of a parameter, with a rule: the cotangent of `tap` is the squared norms."""
     (parameter,) = use.shadowed
-    (other,) = (i for i, layout in enumerate(use.layouts) if layout.carries_batch)
 
     def forward(tap: jax.Array, arguments: Sequence[Any]) -> tuple[Any, Any]:
         del tap
         return use.operation.apply(*arguments), arguments
 
     def backward(arguments: list[Any], cotangents: list[Any]) -> tuple[jax.Array, list[Any]]:
-        x = examples_first(arguments[other], use.layouts[other])
-        g = examples_first(cotangents[0], use.output_layouts[0])
+        x, g = use.for_rule(arguments, cotangents[0])
         device = platform()
         ways = rule.ways(rows.grouped(x), rows.grouped(g), rows.scale, device)
         way = cheapest(ways, device, needs_gradient=not rows.has_rest)

@@ -81,7 +81,7 @@ def test_convolutions_compile_to_what_triton_takes(spread, precision, dtype):
 
 @pytest.mark.parametrize("uses", [20, 200])
 @pytest.mark.parametrize("option", ["jax_enable_x64", "jax_numpy_dtype_promotion"])
-def test_products_compile_whatever_the_options_of_jax(monkeypatch, uses, option):
+def test_products_compile_whatever_the_options_of_jax(uses, option):
     geometry = _kernel.Geometry(6, 2, uses, (), 40, 24, blocks_first=True)
     run = functools.partial(
         _kernel.weight_gradient_and_squares, geometry, scale=2.0, precision=None, interpret=False
@@ -257,9 +257,6 @@ def test_a_program_for_another_device_goes_another_way(monkeypatch, problem):
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), problem)
     text = lowered_for_cuda(lambda arguments: step(*arguments), shapes, dtype=None)
     assert text.count("xla.gpu.triton") == 5
-
-
-KIND = (16, 32, 64, True, "bfloat16", None)
 
 
 @pytest.fixture

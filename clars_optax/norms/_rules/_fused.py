@@ -42,9 +42,9 @@ def fused(
       direct: the same from images and cotangents by other means: for derivatives, and where the
         program turns out to be for another kind of device.
     """
-    if device.kernels == "none" or not _fits(geometry, x, g, precision):
-        return []
     tiles = Tiles.of(geometry, x.dtype.itemsize)
+    if device.kernels == "none" or not _fits(geometry, tiles, x, g, precision):
+        return []
     interpret = device.kernels == "interpreted"
     if not (interpret or _is_right(tiles, x.dtype.name, _one(precision))):
         return []
@@ -78,9 +78,8 @@ def fused(
     ]
 
 
-def _fits(geometry: Geometry, x: jax.Array, g: jax.Array, precision: Any) -> bool:
+def _fits(geometry: Geometry, tiles: Tiles, x: jax.Array, g: jax.Array, precision: Any) -> bool:
     """Whether the kernel takes such arrays."""
-    tiles = Tiles.of(geometry, x.dtype.itemsize)
     sizes = (x.size, g.size, tiles.parts * geometry.entries, tiles.number * geometry.groups)
     # Narrower loads than of four bytes are not made ahead of time.
     widths = (geometry.inner * x.dtype.itemsize, geometry.outer * x.dtype.itemsize)
