@@ -14,7 +14,16 @@ from jax.sharding import AxisType, PartitionSpec
 
 import clars_optax
 from clars_optax.norms import _taps
-from clars_optax.norms._rules import Platform, _fused, _kernel, find_rule, platform
+from clars_optax.norms._rules import (
+    Platform,
+    _depthwise,
+    _fused,
+    _kernel,
+    _trial,
+    find_rule,
+    platform,
+)
+from clars_optax.norms._rules._geometry import Geometry, Window
 
 # Its operations and all bytes are free there, so that it is chosen wherever it can be.
 INTERPRETED = Platform(0.0, 1.0, 2**20, kernel_factor=0.0, kernels="interpreted")
@@ -23,20 +32,20 @@ DENSE = {"dimension_numbers": (((2,), (0,)), ((), ())), "precision": None}
 
 
 @pytest.mark.parametrize(
-    ("num_groups", "programs", "parts"),
-    [(1, 99, 1), (7, 9, 3), (5, 13, 4)],  # the last of three has one group, of four has none
+    ("num_groups", "multiprocessors", "parts"),
+    [(1, 99, 1), (7, 10, 3), (5, 8, 5)],  # the last of three has one group of seven
 )
-def test_many_tiles_steps_and_parts(monkeypatch, num_groups, programs, parts):
-    monkeypatch.setattr(_kernel, "_PROGRAMS", programs)
-    # Two tiles by two, and three steps, none of which is full.
-    geometry = _kernel.Geometry(num_groups, 1, 70, (), 70, 130, blocks_first=True)
+def test_many_tiles_steps_and_parts(monkeypatch, num_groups, multiprocessors, parts):
+    monkeypatch.setattr(_kernel, "MULTIPROCESSORS", multiprocessors)
+    # Tiles and steps of which the last ones are not full.
+    geometry = Geometry(num_groups, 1, 90, (), 150, 250, blocks_first=True)
     tiles = _kernel.Tiles.of(geometry, itemsize=4)
-    assert (tiles.row_tiles, tiles.column_tiles, tiles.parts) == (2, 2, parts)
+    assert (tiles.row_tiles, tiles.column_tiles, tiles.parts) == (3, 2, parts)
     assert 2 * tiles.uses < geometry.uses < 3 * tiles.uses
     rng = np.random.default_rng(0)
-    x, g = (rng.normal(size=(num_groups, 70, width)) for width in (70, 130))
+    x, g = (rng.normal(size=(num_groups, 90, width)) for width in (150, 250))
     rows = np.einsum("gti,gto->gio", x, g)
-    rule = find_rule("dot_general", DENSE, [x.shape, (70, 130), g.shape], 1)
+    rule = find_rule("dot_general", DENSE, [x.shape, (150, 250), g.shape], 1)
     arrays = [jnp.asarray(z[:, None, None], jnp.float32) for z in (x, g)]
     squares, gradient = rule.ways(*arrays, 0.5, INTERPRETED)[-1].run()
     np.testing.assert_allclose(squares, np.sum((0.5 * rows) ** 2, axis=(1, 2)), rtol=1e-5)
@@ -44,8 +53,8 @@ def test_many_tiles_steps_and_parts(monkeypatch, num_groups, programs, parts):
 
 
 def windowed(spread=1):
-    window = _kernel.Window(9, 5 * spread, 3, 3 - spread, 1, 1, spread)
-    return _kernel.Geometry(6, 2, 3, (window, window), 20, 24, blocks_first=False)
+    window = Window(9, 5 * spread, 3, 3 - spread, 1, 1, spread)
+    return Geometry(6, 2, 3, (window, window), 20, 24, blocks_first=False)
 
 
 def lowered_for_cuda(function, *shapes, dtype):
@@ -79,10 +88,57 @@ def test_convolutions_compile_to_what_triton_takes(spread, precision, dtype):
     assert "weight_gradient_and_norms" in text
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_kernels_of_few_channels_compile_to_what_triton_takes(dtype):
+    folded = dataclasses.replace(windowed(2), inner=3, folded=True)
+    depthwise = dataclasses.replace(windowed(), inner=1)
+    for kernel, name, geometry in (
+        (
+            functools.partial(
+                _kernel.weight_gradient_and_squares, folded, scale=2.0, precision=None
+            ),
+            "weight_gradient_and_norms",
+            folded,
+        ),
+        (
+            functools.partial(_depthwise.gradients_of_groups, depthwise),
+            "depthwise_gradients",
+            depthwise,
+        ),
+    ):
+        positions = geometry.windows[0].positions
+        shapes = (6, 3, 9, 9, 2 * geometry.inner), (6, 3, positions, positions, 48)
+        text = lowered_for_cuda(functools.partial(kernel, interpret=False), *shapes, dtype=dtype)
+        assert text.count("xla.gpu.triton") == 1
+        assert name in text
+
+
+@pytest.mark.parametrize(("multiprocessors", "parts"), [(1, 1), (20, 7)])
+def test_depthwise_kernels_of_many_channels_taps_and_uses(monkeypatch, multiprocessors, parts):
+    monkeypatch.setattr(_depthwise, "MULTIPROCESSORS", multiprocessors)
+    # More than a program has, and none of its shares full.
+    window = Window(70, 34, 3, stride=2, dilation=2, padding=1)
+    geometry = Geometry(3, 18, 1, (window, Window(6, 6, 5, padding=2)), 1, 2, False)
+    cuts = _depthwise.Cuts.of(geometry)
+    assert (cuts.channel_runs, cuts.tap_runs, cuts.parts) == (2, 2, parts)
+    rng = np.random.default_rng(0)
+    x, g = (rng.normal(size=(3, *s)) for s in ((70, 6, 18), (34, 6, 36)))
+    padded = np.pad(x, ((0, 0), (1, 3), (2, 2), (0, 0))).repeat(2, axis=-1)
+    expected = [
+        np.sum(padded[:, 2 * i : 2 * i + 68 : 2, j : j + 6] * g, axis=(1, 2))
+        for i in range(3)
+        for j in range(5)
+    ]
+    found = _depthwise.gradients_of_groups(
+        geometry, *(jnp.asarray(z, jnp.float32) for z in (x, g)), interpret=True
+    )
+    np.testing.assert_allclose(found, np.stack(expected, axis=1), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("uses", [20, 200])
 @pytest.mark.parametrize("option", ["jax_enable_x64", "jax_numpy_dtype_promotion"])
 def test_products_compile_whatever_the_options_of_jax(uses, option):
-    geometry = _kernel.Geometry(6, 2, uses, (), 40, 24, blocks_first=True)
+    geometry = Geometry(6, 2, uses, (), 40, 24, blocks_first=True)
     run = functools.partial(
         _kernel.weight_gradient_and_squares, geometry, scale=2.0, precision=None, interpret=False
     )
@@ -111,6 +167,7 @@ def network(params, x):
     h = conv(x, params["stem"], window_strides=(2, 2))
     h = jnp.tanh((h - h.mean((0, 1, 2))) / (h.std((0, 1, 2)) + 0.1))
     h = jax.checkpoint(functools.partial(conv, feature_group_count=2))(h, params["groups"])
+    h = conv(jnp.tanh(h), params["depthwise"], feature_group_count=6)
     h = jnp.tanh(h).reshape(len(h), -1, h.shape[-1])
     h = jnp.einsum("ntd,dhk->nthk", h, params["heads"]).reshape(*h.shape[:2], -1)
 
@@ -126,11 +183,12 @@ def problem():
     shapes = {
         "stem": (3, 3, 2, 4),
         "groups": (3, 3, 2, 6),
+        "depthwise": (3, 3, 1, 6),
         "heads": (6, 2, 3),
         "layers": (2, 6, 6),
         "out": (6, 3),
     }
-    keys = iter(jax.random.split(jax.random.key(0), 6))
+    keys = iter(jax.random.split(jax.random.key(0), 7))
     params = {name: jax.random.normal(next(keys), shape) for name, shape in shapes.items()}
     return params, jax.random.normal(next(keys), (8, 6, 6, 2))
 
@@ -151,7 +209,7 @@ def test_norms_are_those_of_the_generic_way(interpreted, problem, options):
     )
     calls = str(jax.make_jaxpr(step)(*problem)).count("pallas_call[")
     # One for each parameter, in each of two micro-batches, which a CPU has one after the other.
-    assert calls == (10 if "microbatch_size" in options else 5)
+    assert calls == (12 if "microbatch_size" in options else 6)
     assert_same(step(*problem), generic(*problem))
 
 
@@ -209,7 +267,7 @@ def test_takes_only_what_it_can(differs, takes):
     # Types alone: some would not fit into memory.
     x = jax.ShapeDtypeStruct((*lead, case["inner"]), case["x"])
     g = jax.ShapeDtypeStruct((*lead, case["outer"]), case["g"])
-    geometry = _kernel.Geometry(*lead, (), case["inner"], case["outer"], blocks_first=True)
+    geometry = Geometry(*lead, (), case["inner"], case["outer"], blocks_first=True)
 
     def ways(x, g):
         found = _fused.fused(
@@ -245,7 +303,7 @@ def compiled(monkeypatch):
     monkeypatch.setattr(
         _taps, "platform", lambda: dataclasses.replace(INTERPRETED, kernels="compiled")
     )
-    monkeypatch.setattr(_fused, "_is_right", lambda *_: True)
+    monkeypatch.setattr(_fused, "is_right", lambda *_: True)
 
 
 def test_a_program_for_another_device_goes_another_way(monkeypatch, problem):
@@ -256,50 +314,69 @@ def test_a_program_for_another_device_goes_another_way(monkeypatch, problem):
     assert_same(jax.jit(step)(*problem), expected)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), problem)
     text = lowered_for_cuda(lambda arguments: step(*arguments), shapes, dtype=None)
-    assert text.count("xla.gpu.triton") == 5
+    assert text.count("xla.gpu.triton") == 6
+
+
+KERNELS = [(_kernel, "weight_gradient_and_squares"), (_depthwise, "gradients_of_groups")]
 
 
 @pytest.fixture
 def trial(monkeypatch):
-    """Lets the trial run in the interpreter, with what is done to its results."""
+    """Lets the trials run in the interpreter, with what is done to their results."""
 
-    def run(change=lambda total, squares: (total, squares)):
-        def interpreted(geometry, x, g, **options):
-            return change(*kernel(geometry, x, g, **(options | {"interpret": True})))
+    def run(change=lambda *found: found):
+        for module, name in KERNELS:
+            kernel = getattr(module, name)
 
-        monkeypatch.setattr(_fused, "weight_gradient_and_squares", interpreted)
+            def interpreted(geometry, x, g, *, kernel=kernel, **options):
+                found = kernel(geometry, x, g, **(options | {"interpret": True}))
+                return change(*found) if isinstance(found, tuple) else change(found)[0]
 
-    kernel = _kernel.weight_gradient_and_squares
-    monkeypatch.setattr(_kernel, "_PROGRAMS", 8)  # the interpreter takes one after another
-    monkeypatch.setattr(_fused, "_warned", set())
-    _fused._error_of.cache_clear()
+            monkeypatch.setattr(module, name, interpreted)
+
+    # The interpreter takes one program after another.
+    monkeypatch.setattr(_kernel, "MULTIPROCESSORS", 4)
+    monkeypatch.setattr(_trial, "_NUM_GROUPS", 9)
+    monkeypatch.setattr(_trial, "_warned", set())
+    _trial._error_of.cache_clear()
     yield run
-    _fused._error_of.cache_clear()
+    _trial._error_of.cache_clear()
 
 
-@pytest.mark.parametrize("is_one_step", [True, False])
-def test_trial_passes_where_the_kernel_is_right(trial, is_one_step):
+PRODUCTS = [
+    (_trial.try_products, 16, 32, 16, True, False, "bfloat16", None),
+    (_trial.try_products, 16, 32, 64, False, False, "float32", None),
+    (_trial.try_products, 32, 16, 16, True, True, "bfloat16", None),
+]
+DEPTHWISE = (_trial.try_depthwise, 9, "bfloat16")
+
+
+@pytest.mark.parametrize("kind", [*PRODUCTS, DEPTHWISE])
+def test_trial_passes_where_the_kernel_is_right(trial, kind):
     trial()
-    uses = 16 if is_one_step else 64
-    assert _fused._error_of(16, 32, uses, is_one_step, "bfloat16", None) is None
+    assert _trial._error_of(*kind) is None
 
 
 @pytest.mark.parametrize(
-    "change", [lambda t, s: (t.at[0, 0, 0, 0].add(1), s), lambda t, s: (t, s.at[-1].mul(1.01))]
+    ("kind", "change"),
+    [
+        (PRODUCTS[0], lambda total, squares: (total.at[0, 0, 0, 0].add(1), squares)),
+        (PRODUCTS[0], lambda total, squares: (total, squares.at[-1].mul(1.01))),
+        (DEPTHWISE, lambda rows: (rows.at[-1, -1, -1].add(1),)),
+    ],
 )
-def test_trial_finds_what_is_wrong(trial, change):
+def test_trial_finds_what_is_wrong(trial, kind, change):
     trial(change)
-    assert "results in bfloat16 are wrong" in _fused._error_of(16, 16, 16, True, "bfloat16", None)
+    assert "in bfloat16 are wrong" in _trial._error_of(*kind)
 
 
 def test_where_it_does_not_run_that_is_said_once(trial):
     del trial  # the kernel itself, on a CPU
-    tiles = _kernel.Tiles.of(windowed(), itemsize=4)
     with pytest.warns(RuntimeWarning, match="not run on this GPU, so XLA computes .* interpret"):
-        assert not _fused._is_right(tiles, "float32", None)
+        assert not _trial.is_right(*PRODUCTS[0])
     # A second warning would be an error.
-    assert not _fused._is_right(tiles, "float32", None)
-    assert not _fused._is_right(tiles, "bfloat16", None)
+    assert not _trial.is_right(*PRODUCTS[0])
+    assert not _trial.is_right(*DEPTHWISE)
 
 
 def test_needs_a_gpu_that_is_not_shared_out_by_the_compiler(monkeypatch):

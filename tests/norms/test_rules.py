@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from clars_optax.norms._rules import Platform, Way, cheapest, find_rule
+from clars_optax.norms._rules import Platform, Way, _conv, cheapest, find_rule
 from clars_optax.norms._rules._ways import Squares
 
 SCALE = 3.0
@@ -115,10 +115,13 @@ def convolutions(draw):
 @hypothesis.settings(
     max_examples=20, deadline=None, phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate]
 )
-@hypothesis.given(convolutions())
-def test_convolutions(case):
+@hypothesis.given(convolutions(), st.sampled_from([1, 16]))
+def test_convolutions(case, few_channels):
     operation, w, x, group_size, chunk_bytes = case
-    check(operation, w, x, 1, group_size, chunk_bytes)
+    # The kernel has their taps together or one by one.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_conv, "_FEW_CHANNELS", few_channels)
+        check(operation, w, x, 1, group_size, chunk_bytes)
 
 
 def test_a_kernel_that_meets_only_padding_has_norms_of_zero():

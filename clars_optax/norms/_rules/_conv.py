@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clars_optax.norms._rules._fused import fused
-from clars_optax.norms._rules._kernel import Geometry, Window
+from clars_optax.norms._rules._fused import fused, fused_depthwise
+from clars_optax.norms._rules._geometry import Geometry, Window
 from clars_optax.norms._rules._products import (
+    GRAM_PASSES,
     Sizes,
     along,
     by_gram,
@@ -24,6 +25,10 @@ from clars_optax.norms._rules._products import (
     without_underflow,
 )
 from clars_optax.norms._rules._ways import Platform, Squares, Way
+
+# A kernel with fewer of them, as the first of a network has for colours, is one matrix product for
+# all taps together.
+_FEW_CHANNELS = 16
 
 
 class Conv:
@@ -57,7 +62,7 @@ class Conv:
         """The ways to the squared norms, from arrays `[G, b, *axes]`."""
         x, g = _channels_last(x, self._image_axes), _channels_last(g, self._result_axes)
         if self._blocks > 1 and self._inner == 1:
-            return [self._depthwise(x, g, scale, device.chunk_bytes)]
+            return self._depthwise_ways(x, g, scale, device)
         ways = [self._gram(x, g, scale)]
         if math.prod(self._taps) > 1:
             ways.append(self._pixel_gram(x, g, scale))
@@ -142,25 +147,8 @@ class Conv:
         )
 
     def _fused(self, x: jax.Array, g: jax.Array, scale: float, device: Platform) -> list[Way]:
-        windows = tuple(
-            Window(pixels, positions, taps, stride, dilation, low, interior + 1)
-            for pixels, positions, taps, stride, dilation, (low, _, interior) in zip(
-                *(self._pixels, self._positions, self._taps, self._strides, self._dilations),
-                self._padding,
-                strict=True,
-            )
-        )
-        geometry = Geometry(
-            x.shape[0],
-            self._blocks,
-            x.shape[1] * x.shape[2],
-            windows,
-            self._inner,
-            self._outer,
-            blocks_first=False,
-        )
         return fused(
-            geometry,
+            self._geometry(x),
             x,
             g,
             scale,
@@ -169,6 +157,45 @@ class Conv:
             device=device,
             direct=lambda x, g: self._direct(x, g, scale, device.chunk_bytes).run(),
         )
+
+    def _geometry(self, x: jax.Array) -> Geometry:
+        windows = tuple(
+            Window(pixels, positions, taps, stride, dilation, low, interior + 1)
+            for pixels, positions, taps, stride, dilation, (low, _, interior) in zip(
+                *(self._pixels, self._positions, self._taps, self._strides, self._dilations),
+                self._padding,
+                strict=True,
+            )
+        )
+        return Geometry(
+            x.shape[0],
+            self._blocks,
+            x.shape[1] * x.shape[2],
+            windows,
+            self._inner,
+            self._outer,
+            blocks_first=False,
+            folded=self._inner < _FEW_CHANNELS and math.prod(self._taps) > 1,
+        )
+
+    def _depthwise_ways(
+        self, x: jax.Array, g: jax.Array, scale: float, device: Platform
+    ) -> list[Way]:
+        def by_direct(x: jax.Array, g: jax.Array) -> Way:
+            return self._depthwise(x, g, scale, device.chunk_bytes)
+
+        return [
+            by_direct(x, g),
+            *fused_depthwise(
+                self._geometry(x),
+                x,
+                g,
+                scale,
+                self._placed_depthwise,
+                device=device,
+                direct=lambda x, g: by_direct(x, g).run(),
+            ),
+        ]
 
     def _depthwise(self, x: jax.Array, g: jax.Array, scale: float, chunk_bytes: int) -> Way:
         """Direct for kernels that see one channel: a sum of element-wise products for each tap."""
@@ -185,13 +212,10 @@ class Conv:
                 axis=1,
             )
 
-        def place(total: jax.Array) -> jax.Array:
-            return self._placed(total.reshape(*self._taps, 1, self._blocks, self._outer))
-
         return direct(
             sizes,
             rows,
-            place,
+            self._placed_depthwise,
             [x, g],
             scale,
             chunk_bytes=chunk_bytes,
@@ -202,7 +226,8 @@ class Conv:
         def make() -> tuple[jax.Array, jax.Array]:
             return self._in_blocks(self._patches(x)), self._in_blocks(g)
 
-        return by_gram(self._sizes(x), make, scale, self._precision, self._patch_bytes(x))
+        operand_bytes, patch_bytes = x.nbytes + g.nbytes, self._patch_bytes(x)
+        return by_gram(self._sizes(x), make, scale, self._precision, operand_bytes, patch_bytes)
 
     def _pixel_gram(self, x: jax.Array, g: jax.Array, scale: float) -> Way:
         """Gram without patches: their inner products are sums of those of pixels."""
@@ -242,7 +267,8 @@ class Conv:
         blocks = sizes.groups * sizes.blocks
         flops = 2.0 * blocks * (pixels**2 * self._inner + sizes.uses**2 * (sizes.outer + taps))
         moved = 8.0 * blocks * (pixels**2 + 2 * sizes.uses**2)
-        return Way("Pixel-Gram", 0.0, flops, moved, run)
+        reread = GRAM_PASSES * (x.nbytes + g.nbytes)
+        return Way("Pixel-Gram", 0.0, flops, moved, run, reread=reread)
 
     def _padded(self, x: jax.Array) -> jax.Array:
         padding = [(0, 0, 0)] * 3 + self._padding + [(0, 0, 0)]
@@ -287,6 +313,10 @@ class Conv:
         """`[blocks, *taps, inner, outer]`, its axes merged or not, to the kernel's layout."""
         gradient = gradient.reshape(self._blocks, *self._taps, self._inner, self._outer)
         return self._placed(jnp.moveaxis(gradient, 0, -2))
+
+    def _placed_depthwise(self, gradient: jax.Array) -> jax.Array:
+        """`[taps, channels]`, its axes split or not, to the kernel's layout."""
+        return self._placed(gradient.reshape(*self._taps, 1, self._blocks, self._outer))
 
     def _placed(self, gradient: jax.Array) -> jax.Array:
         """`[*taps, inner, *blocks and outer]` to the kernel's layout."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clars_optax.norms._rules._fused import fused
-from clars_optax.norms._rules._kernel import Geometry
+from clars_optax.norms._rules._geometry import Geometry
 from clars_optax.norms._rules._products import Sizes, by_gram, direct, gradients, merged
 from clars_optax.norms._rules._ways import Platform, Way
 
@@ -56,7 +56,7 @@ class Dense:
 
         return [
             by_direct(a, c),
-            by_gram(sizes, lambda: (a, c), scale, self._precision),
+            by_gram(sizes, lambda: (a, c), scale, self._precision, a.nbytes + c.nbytes),
             *fused(
                 geometry,
                 a,

@@ -22,77 +22,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Programs to keep a GPU busy: two for each of a Hopper GPU's 132 multiprocessors.
-_PROGRAMS = 264
+from clars_optax.norms._rules._geometry import Geometry, padded, row_offsets, starts
 
-
-@dataclass(frozen=True)
-class Window:
-    """How an axis of an image meets an axis of a kernel; positions are those of the result.
-
-    Attributes:
-      pixels: size of the image.
-      positions: size of the result.
-      taps: size of the kernel.
-      stride: pixels from position to position.
-      dilation: pixels from tap to tap.
-      padding: pixels before the image.
-      spread: what the pixels are apart, 1 for an image without holes.
-    """
-
-    pixels: int
-    positions: int
-    taps: int
-    stride: int = 1
-    dilation: int = 1
-    padding: int = 0
-    spread: int = 1
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether position and pixel are the same."""
-        return self == Window(self.pixels, self.pixels, 1)
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Where the entries of `A` and of the cotangent lie; letters as in `_products`.
-
-    The image is `[G, images, *pixels, B * D]` or `[G, B, images, *pixels, D]`, the cotangent has
-    the same order of axes, with positions and P.
-
-    Attributes:
-      groups: number of groups G.
-      blocks: number of blocks B.
-      images: examples of a group, and what else shares their axis.
-      windows: one for each axis of the images.
-      inner: number of input channels of a block, D.
-      outer: number of output channels of a block, P.
-      blocks_first: which of the two orders it is.
-    """
-
-    groups: int
-    blocks: int
-    images: int
-    windows: tuple[Window, ...]
-    inner: int
-    outer: int
-    blocks_first: bool
-
-    @property
-    def taps(self) -> int:
-        """Entries of a kernel."""
-        return math.prod(window.taps for window in self.windows)
-
-    @property
-    def uses(self) -> int:
-        """Uses of the weights by a group, T."""
-        return self.images * math.prod(window.positions for window in self.windows)
-
-    @property
-    def entries(self) -> int:
-        """Entries of the gradient."""
-        return self.blocks * self.taps * self.inner * self.outer
+# Of a Hopper GPU.
+MULTIPROCESSORS = 132
 
 
 @dataclass(frozen=True)
@@ -100,10 +33,10 @@ class Tiles:
     """How the work is cut.
 
     Attributes:
-      rows: input channels of a tile of the gradient.
+      rows: those of a tile of the gradient: input channels, of several taps if they are folded.
       columns: output channels of a tile.
       uses: uses of the weights that are multiplied at a time.
-      row_tiles: tiles side by side, for one block and tap.
+      row_tiles: tiles side by side, for one matrix.
       column_tiles: likewise.
       number: tiles of the gradient.
       parts: runs of groups, each with programs of its own.
@@ -122,13 +55,20 @@ class Tiles:
     @classmethod
     def of(cls, geometry: Geometry, itemsize: int) -> "Tiles":
         """Chooses sizes for arrays of `itemsize` bytes an entry."""
-        rows = _power_of_two(geometry.inner, 64)
-        columns = _power_of_two(geometry.outer, 128)
-        row_tiles = math.ceil(geometry.inner / rows)
+        # What a tile loads for an operation falls with its sides; one for an operand's 32 others.
+        rows, columns = (_side(size, 128, 32) for size in (geometry.rows, geometry.outer))
+        uses = _side(geometry.uses, 128 // itemsize, 8)
+        row_tiles = math.ceil(geometry.rows / rows)
         column_tiles = math.ceil(geometry.outer / columns)
-        number = geometry.blocks * geometry.taps * row_tiles * column_tiles
-        parts = min(geometry.groups, math.ceil(_PROGRAMS / number))
-        uses = _power_of_two(geometry.uses, 128 // itemsize)
+        number = geometry.matrices * row_tiles * column_tiles
+        # The two sums of the largest tile leave no registers for another program.
+        slots = MULTIPROCESSORS if rows * columns == 128**2 else 2 * MULTIPROCESSORS
+        parts = min(
+            range(1, min(geometry.groups, math.ceil(4 * slots / number)) + 1),
+            key=lambda parts: (
+                math.ceil(number * parts / slots) * math.ceil(geometry.groups / parts)
+            ),
+        )
         steps = math.ceil(geometry.uses / uses)
         return cls(rows, columns, uses, row_tiles, column_tiles, number, parts, steps)
 
@@ -138,9 +78,16 @@ class Tiles:
         return self.number * self.rows * self.columns
 
 
-def _power_of_two(size: int, largest: int) -> int:
-    """The next power of two, but at least 16, which products need, and at most `largest`."""
-    return max(16, min(largest, 1 << (size - 1).bit_length()))
+def _side(size: int, largest: int, overhead: int) -> int:
+    """The side of tiles for an axis: a power of two from 16, which products need, to `largest`.
+
+    That for which least is to be done, where a tile costs its side, be it full or not, and
+    `overhead`.
+    """
+    sides = [16]
+    while sides[-1] < min(size, largest):
+        sides.append(2 * sides[-1])
+    return min(reversed(sides), key=lambda side: math.ceil(size / side) * (side + overhead))
 
 
 def weight_gradient_and_squares(
@@ -170,6 +117,8 @@ def weight_gradient_and_squares(
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
+    if geometry.folded:
+        geometry, x = padded(geometry, x)
     tiles = Tiles.of(geometry, x.dtype.itemsize)
     size, length = geometry.groups, math.ceil(geometry.groups / tiles.parts)
 
@@ -177,16 +126,17 @@ def weight_gradient_and_squares(
         tile, part = pl.program_id(0), pl.program_id(1)
         rest, column_tile = jnp.divmod(tile, tiles.column_tiles)
         rest, row_tile = jnp.divmod(rest, tiles.row_tiles)
-        block, tap = jnp.divmod(rest, geometry.taps)
+        block, tap = jnp.divmod(rest, geometry.matrices // geometry.blocks)
         rows = row_tile * tiles.rows + jnp.arange(tiles.rows, dtype=jnp.int32)
         columns = column_tile * tiles.columns + jnp.arange(tiles.columns, dtype=jnp.int32)
+        offsets = row_offsets(geometry, rows)
 
         def gradient(group: jax.Array, step: jax.Array) -> jax.Array:
             uses = step * tiles.uses + jnp.arange(tiles.uses, dtype=jnp.int32)
-            x_starts, g_starts, is_inside = _starts(geometry, group, block, tap, uses)
+            x_starts, g_starts, is_inside = starts(geometry, group, block, tap, uses)
             a = triton.load(
-                x_ref.at[x_starts[:, None] + rows[None, :]],
-                mask=is_inside[:, None] & (rows < geometry.inner)[None, :],
+                x_ref.at[x_starts[:, None] + offsets[None, :]],
+                mask=is_inside[:, None] & (rows < geometry.rows)[None, :],
                 other=0,
             )
             c = triton.load(
@@ -215,21 +165,22 @@ def weight_gradient_and_squares(
 
         first, last = part * length, jnp.minimum((part + 1) * length, size)
         total, _ = jax.lax.fori_loop(first * tiles.steps, last * tiles.steps, add, (zeros, zeros))
-        starts = (part * geometry.blocks * geometry.taps + rest) * geometry.inner + rows
+        stored = (part * geometry.matrices + rest) * geometry.rows + rows
         triton.store(
-            total_ref.at[starts[:, None] * geometry.outer + columns[None, :]],
+            total_ref.at[stored[:, None] * geometry.outer + columns[None, :]],
             total,
-            mask=(rows < geometry.inner)[:, None] & (columns < geometry.outer)[None, :],
+            mask=(rows < geometry.rows)[:, None] & (columns < geometry.outer)[None, :],
         )
 
     call = pl.pallas_call(
         kernel,
-        out_shape=_like(x, [(tiles.parts * geometry.entries,), (tiles.number * size,)]),
+        out_shape=like(x, [(tiles.parts * geometry.entries,), (tiles.number * size,)]),
         grid=(tiles.number, tiles.parts),
         interpret=interpret,
         compiler_params=triton.CompilerParams(
-            # More would compute the same for so small a tile.
-            num_warps=min(8, max(1, tiles.rows * tiles.columns // 1024)),
+            # A Hopper GPU's product of 64 rows is of four warps; more than one has no need to share
+            # a small one.
+            num_warps=tiles.rows // 16 if tiles.rows >= 64 else max(1, tiles.columns // 32),
             num_stages=3,
         ),
         name="weight_gradient_and_norms",
@@ -239,42 +190,8 @@ def weight_gradient_and_squares(
     return total.reshape(tiles.parts, *shape).sum(0), squares.reshape(-1, size).sum(0)
 
 
-def _like(x: jax.Array, shapes: Sequence[tuple[int, ...]]) -> Any:
+def like(x: jax.Array, shapes: Sequence[tuple[int, ...]]) -> Any:
     """Types of float32 results that vary over the mapped axes over which `x` does."""
     return jax.eval_shape(
         lambda x: [jnp.broadcast_to(x.reshape(-1)[0], s).astype(jnp.float32) for s in shapes], x
     )
-
-
-def _starts(
-    geometry: Geometry, group: jax.Array, block: jax.Array, tap: jax.Array, uses: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Offsets of the first channel in image and cotangent for some uses; whether in the image."""
-    windows = geometry.windows
-    # From the last axis to the first one, as numbers are divided.
-    image, indices = uses, []
-    for window in reversed(windows):
-        image, position = jnp.divmod(image, window.positions)
-        tap, of_tap = jnp.divmod(tap, window.taps)
-        indices.append((position, of_tap))
-    is_inside = uses < geometry.uses
-    if geometry.blocks_first:
-        x_starts = g_starts = (group * geometry.blocks + block) * geometry.images + image
-        x_width, g_width = geometry.inner, geometry.outer
-    else:
-        x_starts = g_starts = group * geometry.images + image
-        x_width, g_width = geometry.blocks * geometry.inner, geometry.blocks * geometry.outer
-    for window, (position, of_tap) in zip(windows, reversed(indices), strict=True):
-        pixel = position
-        if not window.is_plain:
-            pixel = position * window.stride + of_tap * window.dilation - window.padding
-            is_inside &= (pixel >= 0) & (pixel < window.pixels * window.spread)
-            if window.spread > 1:
-                pixel, hole = jnp.divmod(pixel, window.spread)
-                is_inside &= hole == 0
-        x_starts = x_starts * window.pixels + pixel
-        g_starts = g_starts * window.positions + position
-    x_starts, g_starts = x_starts * x_width, g_starts * g_width
-    if not geometry.blocks_first:
-        x_starts, g_starts = x_starts + block * geometry.inner, g_starts + block * geometry.outer
-    return x_starts, g_starts, is_inside

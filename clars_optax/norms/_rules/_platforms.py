@@ -4,15 +4,15 @@ import dataclasses
 
 import jax
 
-from clars_optax.norms._rules._fused import can_run
+from clars_optax.norms._rules._trial import can_run
 from clars_optax.norms._rules._ways import Platform
 
 _PLATFORMS = {
     # Measured, two cores with AVX-512. What is made at a time stays in the cache.
     "cpu": Platform(8.0, 3.0, 2 * 2**20),
     # From data sheets, bfloat16; not measured. Few large steps keep such a device busy.
-    "gpu": Platform(150.0, 2.0, 256 * 2**20, kernel_factor=1.5),
-    "tpu": Platform(230.0, 2.0, 64 * 2**20),
+    "gpu": Platform(150.0, 2.0, 256 * 2**20, 1.0, kernel_factor=1.5, cache_factor=1.8),
+    "tpu": Platform(230.0, 2.0, 64 * 2**20, 1.0),
 }
 
 

@@ -21,6 +21,10 @@ import jax.numpy as jnp
 
 from clars_optax.norms._rules._ways import Squares, Way
 
+# An operand of a Gram matrix is read and written for a copy of it, without its mean or scaled, and
+# read for the mean or sum, the matrix, and the products along the mean or sum.
+GRAM_PASSES = 5
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -224,6 +228,7 @@ def by_gram(
     make: Callable[[], tuple[jax.Array, jax.Array]],
     scale: float,
     precision: Any,
+    operand_bytes: float,
     extra_bytes: float = 0.0,
 ) -> Way:
     """Gram.
@@ -233,6 +238,7 @@ def by_gram(
       make: the arrays `a` and `g`.
       scale: a factor for the gradients of which the norms are wanted.
       precision: that of the products.
+      operand_bytes: the size of what `a` and `g` are made of.
       extra_bytes: what `make` writes.
     """
 
@@ -249,4 +255,5 @@ def by_gram(
         return Squares(squares * rest**2, None)
 
     moved = 4 * sizes.pairs_bytes + 2 * extra_bytes
-    return Way("Gram", 0.0, sizes.pairs_flops, moved, run)
+    reread = GRAM_PASSES * operand_bytes if sizes.uses > 1 else 0.0
+    return Way("Gram", 0.0, sizes.pairs_flops, moved, run, reread=reread)

@@ -31,6 +31,8 @@ class Way:
       moved: bytes that are written to or read from memory.
       run: does it.
       saved: operations of the ordinary weight gradient, where that is a by-product.
+      reread: bytes of the operands and of copies of them, as often as they are read or written
+        besides.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Way:
     moved: float
     run: Callable[[], Squares]
     saved: float = 0.0
+    reread: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -49,14 +52,19 @@ class Platform:
       flops_per_byte: operations that a large product does while memory moves one byte.
       small_factor: how many times longer an operation takes in a small product.
       chunk_bytes: about how many bytes of single gradients to make at a time.
+      reread_factor: how much of another byte moved one counts that was just read or written; none
+        where caches hold it.
       kernel_factor: how many times longer an operation takes in the kernel of `_kernel`.
-      kernels: whether that kernel can be run: not at all, on a GPU, or in Pallas's interpreter.
+      cache_factor: how many bytes a cache moves while memory moves one.
+      kernels: whether the kernels can be run: not at all, on a GPU, or in Pallas's interpreter.
     """
 
     flops_per_byte: float
     small_factor: float
     chunk_bytes: int
+    reread_factor: float = 0.0
     kernel_factor: float = 1.0
+    cache_factor: float = 1.0
     kernels: Literal["none", "compiled", "interpreted"] = "none"
 
 
@@ -71,7 +79,7 @@ def cost(way: Way, device: Platform, *, needs_gradient: bool) -> float:
     return (
         way.flops
         + device.small_factor * way.small_flops
-        + device.flops_per_byte * way.moved
+        + device.flops_per_byte * (way.moved + device.reread_factor * way.reread)
         - (way.saved if needs_gradient else 0.0)
     )
 

@@ -1,0 +1,154 @@
+"""Whether the kernels can be run, and find on the GPU at hand what NumPy finds."""
+
+import concurrent.futures
+import functools
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clars_optax.norms._rules import _depthwise, _kernel
+from clars_optax.norms._rules._geometry import Geometry, Window
+
+# More than a kernel has parts, so that its programs have several groups.
+_NUM_GROUPS = 150
+
+
+def can_run() -> bool:
+    """Whether a kernel can be run where the program that is being traced will run.
+
+    On a GPU, unless the compiler is to share the program out among several devices, which
+    it cannot do with a kernel: under `jit` where there are several. Inside `pmap` and
+    `jax.shard_map` each device has its own. Where the environment variable CLARS_OPTAX_KERNEL is
+    "off", none is used.
+    """
+    if jax.default_backend() != "gpu" or os.environ.get("CLARS_OPTAX_KERNEL") == "off":
+        return False
+    return jax.device_count() == 1 or jax.sharding.get_abstract_mesh().are_all_axes_manual
+
+
+def is_right(trial: Callable[..., None], *kind: Any) -> bool:
+    """Tries a kind of kernel on the GPU; where it fails, warns that XLA does its work, but once.
+
+    Args:
+      trial: `try_products` or `try_depthwise`.
+      *kind: its arguments.
+    """
+    error = _error_of(trial, *kind)
+    if error is not None and not _warned:
+        _warned.add(error)
+        warnings.warn(
+            "The kernel for per-example gradient norms does not run on this GPU, so XLA computes "
+            f"them, with more memory traffic. {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return error is None
+
+
+_warned: set[str] = set()
+
+
+@functools.cache
+def _error_of(trial: Callable[..., None], *kind: Any) -> str | None:
+    """Says what is wrong with a kind of kernel; None if nothing is."""
+    # Another thread is in the middle of no trace and on no mesh.
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        try:
+            pool.submit(trial, *kind).result()
+        except Exception as error:  # Whatever the reason, the other ways are as exact.
+            return f"{type(error).__name__}: {error}"
+    return None
+
+
+def try_products(
+    rows: int,
+    columns: int,
+    uses: int,
+    is_one_step: bool,
+    is_folded: bool,
+    dtype: str,
+    precision: Any,
+) -> None:
+    """Tries `weight_gradient_and_squares` on a convolution that has such tiles.
+
+    Args:
+      rows: those of a tile.
+      columns: those of a tile.
+      uses: as many as are multiplied at a time.
+      is_one_step: whether that is a group's end.
+      is_folded: whether a tile has several taps.
+      dtype: that of the arrays.
+      precision: that of the products.
+
+    Raises:
+      RuntimeError: NumPy finds something else.
+    """
+    positions = uses if is_one_step else 2 * uses + 3
+    inner = rows // 2 if is_folded else rows
+    window = Window(2 * positions, positions, taps=2, stride=2, padding=1)
+    geometry = Geometry(
+        *(_NUM_GROUPS, 1, 1, (window,), inner, columns), blocks_first=False, folded=is_folded
+    )
+    x, g = _draw((2 * positions, inner), (positions, columns))
+    gradients = np.stack([np.einsum("gti,gto->gio", a, g) for a in _met(x, window)], axis=1)
+    run = functools.partial(
+        _kernel.weight_gradient_and_squares,
+        geometry,
+        scale=1.0,
+        precision=precision,
+        interpret=False,
+    )
+    total, squares = _run(run, dtype, x, g)
+    if not (
+        np.array_equal(total[0], gradients.sum(0))
+        and np.allclose(squares, np.sum(gradients**2, axis=(1, 2, 3)))
+    ):
+        raise RuntimeError(f"Its results in {dtype} are wrong.")
+
+
+def try_depthwise(taps: int, dtype: str) -> None:
+    """Tries `gradients_of_groups`.
+
+    Args:
+      taps: entries of the kernel, for a program.
+      dtype: that of the arrays.
+
+    Raises:
+      RuntimeError: NumPy finds something else.
+    """
+    # More than a program takes at a time.
+    positions, channels = 67, 40
+    window = Window(2 * positions + taps - 3, positions, taps, stride=2, padding=1)
+    geometry = Geometry(_NUM_GROUPS, channels, 1, (window,), 1, 1, blocks_first=False)
+    x, g = _draw((window.pixels, channels), (positions, channels))
+    gradients = np.stack([np.sum(a * g, axis=1) for a in _met(x, window)], axis=1)
+    run = functools.partial(_depthwise.gradients_of_groups, geometry, interpret=False)
+    (found,) = _run(lambda x, g: [run(x, g)], dtype, x, g)
+    if not np.array_equal(found, gradients):
+        raise RuntimeError(f"Its results for depthwise kernels in {dtype} are wrong.")
+
+
+def _draw(*shapes: tuple[int, ...]) -> list[np.ndarray]:
+    """Small integers, which are exact in all dtypes and precisions, for each group."""
+    rng = np.random.default_rng(0)
+    return [rng.integers(-3, 4, (_NUM_GROUPS, *shape)).astype(np.float32) for shape in shapes]
+
+
+def _met(x: np.ndarray, window: Window) -> list[np.ndarray]:
+    """For each tap, the pixels that it meets."""
+    x = np.pad(x, ((0, 0), (window.padding, window.taps), (0, 0)))
+    reach = window.positions * window.stride
+    return [x[:, tap : tap + reach : window.stride] for tap in range(window.taps)]
+
+
+def _run(function: Callable[..., Any], dtype: str, *arrays: np.ndarray) -> list[np.ndarray]:
+    """Compiles and runs a function on the device."""
+    with jax.transfer_guard("allow"):
+        device = jax.local_devices()[0]
+        placed = jax.device_put([x.astype(jnp.dtype(dtype)) for x in arrays], device)
+        return [np.asarray(x) for x in jax.jit(function)(*placed)]
