@@ -80,6 +80,7 @@ def test_denominators_and_first_ratios_are_what_the_text_promises(printed):
         assert lars_ratio == 0.1
 
 
+@pytest.mark.long
 def test_study_is_drawn_and_a_row_of_it_trained_again(tmp_path):
     splits = {"train": idx.enlarged_digits(6096), "test": idx.enlarged_digits(500)}
     idx.write(tmp_path / "data" / "fashion-mnist", splits)
@@ -93,6 +94,7 @@ def test_study_is_drawn_and_a_row_of_it_trained_again(tmp_path):
     assert in_table == "52.7"  # as README says
 
 
+@pytest.mark.long
 def test_warmup_is_explained_as_the_text_says(tmp_path):
     printed = run("why_no_warmup", tmp_path / "jupyter", num_pictures=3)
     number = r" +(-?[\d.]+)"

@@ -124,13 +124,11 @@ def _inside(
     if not operation.bodies or any(x not in pairs for b in operation.bodies for x in b.inputs):
         return None
     entering = list(given[-len(operation.entering) :])
-    carried: Sequence[int] = ()
+    carried = operation.carried
     if operation.kind == "scan":
         if walks_through_the_batch(operation, given, pairs):
             return None
-        start = operation.params["num_consts"]
-        stop = start + operation.params["num_carry"]
-        carried = range(start, stop)
+        stop = carried.stop
         entering[stop:] = [Layout(x.axes[1:], x.problem) for x in entering[stop:]]
     while True:
         layouts: dict[Value, Layout] = {}
@@ -149,9 +147,8 @@ def walks_through_the_batch(
     operation: Operation, given: Sequence[Layout], pairs: Mapping[Value, Value]
 ) -> bool:
     """Whether the steps of a scan are the examples, or depend on their number."""
-    first = operation.params["num_consts"] + operation.params["num_carry"]
     twin = next((pairs[value].producer for value in operation.outputs if value in pairs), None)
-    return any(0 in layout.batch_axes for layout in given[first:]) or (
+    return any(0 in layout.batch_axes for layout in given[operation.carried.stop :]) or (
         twin is not None and twin.params["length"] != operation.params["length"]
     )
 
@@ -173,7 +170,7 @@ def _leaving(operation: Operation, inside: Mapping[Value, Layout]) -> list[Layou
         layout, *others = (inside[body.outputs[position]] for body in operation.bodies)
         for other in others:
             layout = _agreed(layout, other, value)
-        if operation.kind == "scan" and position >= operation.params["num_carry"]:
+        if operation.kind == "scan" and position >= len(operation.carried):
             layout = Layout((plain_axis(value.shape[0]), *layout.axes), layout.problem)
         layouts.append(layout)
     return layouts

@@ -97,10 +97,7 @@ class Nested:
         plan: Callable[[Program, dict[Value, Roots]], Any],
     ):
         self.operation = operation
-        self._carried = range(0)
-        if operation.kind == "scan":
-            start = operation.params["num_consts"]
-            self._carried = range(start, start + operation.params["num_carry"])
+        self._carried = operation.carried
         entering = list(roots)
         while True:
             self.plans: list[BodyPlan] = [

@@ -146,9 +146,9 @@ def find_obstacle(
 
 def _is_map(operation: Operation, layouts: Sequence[Layout]) -> bool:
     """Whether a scan does the same for every example, as `jax.lax.map` over the batch does."""
-    num_consts = operation.params["num_consts"]
+    num_consts = operation.carried.start
     return (
-        operation.params["num_carry"] == 0
+        not operation.carried
         and not any(layout.carries_batch for layout in layouts[:num_consts])
         and all(layout.problem is None and layout.batch_axes <= {0} for layout in layouts)
         and all(len(x.axes[0]) == 1 for x in layouts[num_consts:])

@@ -19,10 +19,10 @@ ELEMENTWISE = frozenset(
     """
     abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp complex conj
     convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor
-    ge gt igamma igammac imag integer_pow is_finite le lgamma log log1p logistic lt max min mul
-    name ne neg nextafter not or polygamma pow real reduce_precision rem round rsqrt select_n
-    sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt
-    square stop_gradient sub tan tanh xor zeta
+    ge gt igamma igammac imag integer_pow is_finite le lgamma log log1p log2 logistic lt max min mul
+    name ne neg nextafter not one_minus_square or polygamma polynomial pow real reduce_precision rem
+    round rsqrt select_n sharding_constraint shift_left shift_right_arithmetic shift_right_logical
+    sign sin sinh sqrt square stop_gradient sub tan tanh xor zeta
     """.split()
 )
 """Primitives whose result at a position depends on their operands at that position (or on

@@ -29,7 +29,7 @@ _BODIES = {
 _SIZELESS_PARAMS = frozenset(
     """
     axes axis batch_group_count broadcast_dimensions dimension dimension_numbers dimensions
-    feature_group_count num_carry num_consts permutation reverse
+    feature_group_count permutation reverse
     """.split()
 )
 
@@ -130,6 +130,11 @@ class Operation:
         """The operands that enter the bodies, one for each of their inputs."""
         return self.operands[1:] if self.name == "cond" else self.operands
 
+    @property
+    def carried(self) -> range:
+        """The operands that one step of a scan takes from the step before; else none."""
+        return _carried(self.equation) if self.kind == "scan" else range(0)
+
     def apply(self, *arguments: Any, **changed_params: Any) -> list[Any]:
         """Runs the equation; a changed parameter replaces the equation's own."""
         jaxpr = self.jaxpr
@@ -203,10 +208,7 @@ def _bodies(equation: JaxprEqn, operands: Sequence[Value]) -> tuple[Program, ...
     if jaxprs is None:
         return ()
     entering = operands[1:] if name == "cond" else operands
-    carried: range = range(0)
-    if name == "scan":
-        start = equation.params["num_consts"]
-        carried = range(start, start + equation.params["num_carry"])
+    carried = _carried(equation) if name == "scan" else range(0)
     from_params = [value.from_params for value in entering]
     from_batch = [value.from_batch for value in entering]
     while True:
@@ -221,6 +223,24 @@ def _bodies(equation: JaxprEqn, operands: Sequence[Value]) -> tuple[Program, ...
             from_batch[index] |= value.from_batch
         if [*from_params, *from_batch] == before:
             return programs
+
+
+def _carried(scan: JaxprEqn) -> range:
+    """The operands that one step of a scan takes from the step before.
+
+    Those before them are the same for all steps, those after them have a slice for each. Ranks tell
+    which are which; the parameters that do so have other names in other versions of JAX.
+    """
+    body = _closed(scan.params["jaxpr"]).jaxpr
+
+    def num_sliced(outside: Sequence[Any], inside: Sequence[Any]) -> int:
+        return sum(
+            len(a.aval.shape) > len(b.aval.shape) for a, b in zip(outside, inside, strict=True)
+        )
+
+    num_carried = len(scan.outvars) - num_sliced(scan.outvars, body.outvars)
+    stop = len(scan.invars) - num_sliced(scan.invars, body.invars)
+    return range(stop - num_carried, stop)
 
 
 def _closed(jaxpr: ClosedJaxpr | Jaxpr) -> ClosedJaxpr:
@@ -320,6 +340,7 @@ def _agree(first: Operation, second: Operation) -> bool:
     return (
         first.name == second.name
         and first.positions == second.positions
+        and first.carried == second.carried
         and [len(body.outputs) for body in first.bodies]
         == [len(body.outputs) for body in second.bodies]
         and [_kind(value) for value in first.operands] == [_kind(v) for v in second.operands]

@@ -125,7 +125,7 @@ BASE = dataclasses.replace(
 
 def test_what_is_taken_trains(data_dir, tmp_path_factory, full):
     @settings(
-        suppress_health_check=list(HealthCheck), deadline=None, max_examples=60 if full else 3
+        suppress_health_check=list(HealthCheck), deadline=None, max_examples=60 if full else 2
     )
     @given(configs(BASE, VALUES.keys() - CLUSTER - {"dataset", "model", "epochs"}, most_changes=4))
     def check(config):
