@@ -14,6 +14,7 @@ from clars_optax.norms._meshes import explicit_mesh, specs, with_automatic_axes
 from clars_optax.norms._microbatches import Result, accumulate, find_aux_axes
 from clars_optax.norms._nested import Entry
 from clars_optax.norms._rows import Rows
+from clars_optax.norms._rules import platform
 from clars_optax.norms._taps import differentiated_once
 from clars_optax.norms._trace import make_plan, resized, trace_groups
 
@@ -282,10 +283,12 @@ def _one_batch(
         return Result(value, aux, grads, [norm[:num_norms] for norm in norms])
 
     plan = make_plan(loss_fn, params, paths, batch, with_rules=settings.method == "auto")
+    # With kernels all norms cost less than some: they come with the gradients, by the same pass.
+    makes_all = platform().kernels != "none"
     rows = Rows(
         num_examples,
         settings.group_size,
-        num_norms,
+        num_examples if makes_all else num_norms,
         is_mean=settings.loss_reduction == "mean",
         by_example=plan.is_split,
     )
@@ -309,7 +312,8 @@ def _one_batch(
     (value, aux), (grads, squares) = jax.value_and_grad(tapped, argnums=(0, 1), has_aux=True)(
         list(params), taps
     )
-    return Result(value, aux, grads, [jnp.sqrt(square) for square in squares])
+    num_groups = num_norms // settings.group_size
+    return Result(value, aux, grads, [jnp.sqrt(square[:num_groups]) for square in squares])
 
 
 def _check_sum_of_microbatches(

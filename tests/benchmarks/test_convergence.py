@@ -282,19 +282,22 @@ def test_committed_report_is_that_of_the_committed_table(tmp_path, preset):
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("preset", ["cpu", "cpu-ratio"])
-def test_readme_shows_the_committed_results(preset):
-    rows = table.read(RESULTS / f"convergence-{preset}")
-    results = summary.results(rows).set_index(["optimizer", "batch_size"])
-    text = (RESULTS.parents[1] / "README.md").read_text()
-    for name in PRESETS[preset].contenders:
-        cells = [
+def test_readme_shows_the_committed_results():
+    results = pd.concat(
+        summary.results(table.read(RESULTS / f"convergence-{preset}"))
+        for preset in ("cpu", "cpu-ratio")
+    ).set_index(["optimizer", "batch_size"])
+    _, _, text = (RESULTS.parents[1] / "README.md").read_text().partition("| images per step |")
+    rows = [line for line in text.splitlines()[2:] if line.startswith("| ")]
+    assert len(rows) == 5
+    for row in rows:
+        name, *found = row.strip("| ").split(" | ")
+        assert found == [
             "{:.1f} ({:.1f}-{:.1f})".format(
                 *100 * results.loc[(name, batch_size), ["mean", "low", "high"]]
             )
-            for batch_size in PRESETS[preset].batch_sizes
+            for batch_size in PRESETS["cpu"].batch_sizes
         ]
-        assert f"| {name} | {' | '.join(cells)} |" in text
 
 
 def test_the_conclusion_is_that_of_the_committed_results():

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
 import clars_optax
-from clars_optax.norms import _taps
+from clars_optax.norms import _taps, _transform
 from clars_optax.norms._rules import (
     Platform,
     _depthwise,
@@ -155,7 +155,8 @@ def test_products_compile_whatever_the_options_of_jax(uses, option):
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    monkeypatch.setattr(_taps, "platform", lambda: INTERPRETED)
+    for module in (_taps, _transform):
+        monkeypatch.setattr(module, "platform", lambda: INTERPRETED)
 
 
 def conv(x, w, **options):
@@ -202,7 +203,12 @@ def assert_same(found, expected):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"group_size": 2, "num_norm_examples": 4}, {"microbatch_size": 4}]
+    "options",
+    [
+        {},
+        {"group_size": 2, "num_norm_examples": 4},
+        {"microbatch_size": 4},
+    ],
 )
 def test_norms_are_those_of_the_generic_way(interpreted, problem, options):
     step, generic = (
