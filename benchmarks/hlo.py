@@ -8,12 +8,15 @@ from collections.abc import Iterator
 _BITS = {"pred": 8, "token": 0, "bf16": 16}
 # These give names to what is there.
 _FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all"}
+# What these do is not said where they stand.
+_UNKNOWN = {"conditional", "async-start", "async-update", "async-done", "copy-start", "copy-done"}
 # These take a part of an operand.
 _PARTS = {"slice", "dynamic-slice", "gather"}
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-~]+) \(.*\{\s*$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 _ARRAY = re.compile(r"\b(pred|token|bf16|[a-z]+\d+\w*)\[([\d,]*)\]")
+_SPACE = re.compile(r"\b[su]8\[\d+\]\{0\}\)$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class _Instruction:
+    is_root: bool
     name: str
     type: str
     opcode: str
@@ -61,13 +65,16 @@ def kernels_of(text: str) -> list[Kernel]:
     """Reads the kernels of a program.
 
     A kernel is taken to read its operands once, or of an operand the parts that it says it takes,
-    and to write its results once. What it keeps in caches or reads again, its text does not say.
+    and to write its results once: no less, but more where it reads again what no cache has kept.
+    Space that libraries get for their own use, an array of bytes among their results, is not
+    counted.
 
     Args:
         text: `compiled.as_text()`, for a GPU; other backends have the form but not the kernels.
 
     Raises:
-        ValueError: the text has no entry, or a loop of unknown length.
+        ValueError: the text has no entry, a loop of unknown length, or what is not known here, such
+            as branches.
     """
     entry, computations = _parse(text)
     return list(_walk(computations, entry, 1))
@@ -81,7 +88,7 @@ def _parse(text: str) -> tuple[str, _Computations]:
             computations[head[2]] = current = []
             entry = head[2] if head[1] else entry
         elif instruction := _INSTRUCTION.match(line):
-            current.append(_Instruction(*instruction.groups()))
+            current.append(_Instruction(bool(instruction[1]), *instruction.groups()[1:]))
     if not entry:
         raise ValueError(f"text must be that of a compiled program, got {text[:60]!r}...")
     return entry, computations
@@ -102,14 +109,19 @@ def _walk(computations: _Computations, name: str, times: int) -> Iterator[Kernel
             case "call":
                 called = instruction.attribute(r"to_apply=%([\w.\-]+)")
                 yield from _walk(computations, str(called), times)
+            case opcode if opcode in _UNKNOWN:
+                raise ValueError(f"What {instruction.name} ({opcode}) moves is not known.")
             case opcode:
+                kind = instruction.attribute(r'custom_call_target="([^"]+)"') or opcode
                 if opcode == "fusion":
                     called = instruction.attribute(r"calls=%([\w.\-]+)")
                     moved = _bytes_of_fusion(instruction, types, computations[str(called)])
                 else:
+                    results = instruction.type
+                    if kind.startswith("__cu"):
+                        results = _SPACE.sub("", results)
                     operands = dict.fromkeys(instruction.operands)
-                    moved = _bytes(instruction.type) + sum(_bytes(types[x]) for x in operands)
-                kind = instruction.attribute(r'custom_call_target="([^"]+)"') or opcode
+                    moved = _bytes(results) + sum(_bytes(types[x]) for x in operands)
                 yield Kernel(instruction.name, kind, times, moved)
 
 
@@ -122,19 +134,36 @@ def _bytes_of_fusion(fusion: _Instruction, types: dict[str, str], fused: list[_I
         if instruction.opcode == "parameter"
     }
     for index, operand in enumerate(fusion.operands):
-        name = parameters[index]
-        users = [other for other in fused if name in other.operands]
-        # Not those for which it is a place in another array.
-        is_first = all(user.operands[0] == name for user in users)
-        if users and is_first and all(user.opcode in _PARTS for user in users):
-            moved += sum(_bytes(user.type) for user in users)
-        elif is_first and [user.opcode for user in users] == ["dynamic-update-slice"]:
-            # In place: of the result, there is only written what is new in it.
-            moved -= _bytes(users[0].type)
-            moved += _bytes(written[users[0].operands[1]])
+        users = _users(parameters[index], fused)
+        if users and all(user.opcode in _PARTS and is_first for user, is_first in users):
+            moved += sum(_bytes(user.type) for user, _ in users)
+        elif len(users) == 1 and _is_in_place(*users[0]):
+            # Of the result, there is only written what is new in it.
+            ((update, _),) = users
+            moved -= _bytes(update.type)
+            moved += _bytes(written[update.operands[1]])
         else:
             moved += _bytes(types[operand])
     return moved
+
+
+def _users(name: str, fused: list[_Instruction]) -> list[tuple[_Instruction, bool]]:
+    """What takes a value, by another name too, and whether as the first operand.
+
+    Other operands of what takes a part are places.
+    """
+    users = []
+    for other in fused:
+        if name in other.operands:
+            if other.opcode == "bitcast" and not other.is_root:
+                users += _users(other.name, fused)
+            else:
+                users.append((other, other.operands[0] == name))
+    return users
+
+
+def _is_in_place(user: _Instruction, is_first: bool) -> bool:
+    return user.opcode == "dynamic-update-slice" and user.is_root and is_first
 
 
 def _bytes(type_: str) -> int:

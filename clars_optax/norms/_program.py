@@ -340,7 +340,8 @@ def _agree(first: Operation, second: Operation) -> bool:
     return (
         first.name == second.name
         and first.positions == second.positions
-        and first.carried == second.carried
+        and first.carried.start == second.carried.start
+        and first.carried.stop == second.carried.stop
         and [len(body.outputs) for body in first.bodies]
         == [len(body.outputs) for body in second.bodies]
         and [_kind(value) for value in first.operands] == [_kind(v) for v in second.operands]

@@ -13,6 +13,7 @@ from clars_optax.norms._interpreter import run
 from clars_optax.norms._meshes import explicit_mesh, specs, with_automatic_axes
 from clars_optax.norms._microbatches import Result, accumulate, find_aux_axes
 from clars_optax.norms._nested import Entry
+from clars_optax.norms._plan import Plan
 from clars_optax.norms._rows import Rows
 from clars_optax.norms._rules import platform
 from clars_optax.norms._taps import differentiated_once
@@ -83,7 +84,9 @@ def value_and_grad_and_norms(
         number of examples; all of them as one group give the norm of the gradient itself.
       num_norm_examples: Norms of the first so many examples only, a multiple of `group_size`; the
         value and the gradient are still those of all. None: of all. 0: of none, which leaves plain
-        gradient accumulation. Inside `pmap` it counts per device.
+        gradient accumulation. Inside `pmap` it counts per device. On a GPU whose kernels find the
+        norms, those of some examples cost as much as those of all: there, take all norms of some
+        micro-batches.
       microbatch_size: Number of examples m that are worked on at a time, a multiple of `group_size`
         that divides the number of examples. None: all at once. BatchNorm statistics, and so the
         :math:`g_i`, are then those of the micro-batches. The results are those of the whole batch:
@@ -283,12 +286,14 @@ def _one_batch(
         return Result(value, aux, grads, [norm[:num_norms] for norm in norms])
 
     plan = make_plan(loss_fn, params, paths, batch, with_rules=settings.method == "auto")
-    # With kernels all norms cost less than some: they come with the gradients, by the same pass.
-    makes_all = platform().kernels != "none"
+    if settings.method == "auto" and _makes_all(plan, params, paths, num_examples):
+        num_made = num_examples
+    else:
+        num_made = num_norms
     rows = Rows(
         num_examples,
         settings.group_size,
-        num_examples if makes_all else num_norms,
+        num_made,
         is_mean=settings.loss_reduction == "mean",
         by_example=plan.is_split,
     )
@@ -314,6 +319,18 @@ def _one_batch(
     )
     num_groups = num_norms // settings.group_size
     return Result(value, aux, grads, [jnp.sqrt(square[:num_groups]) for square in squares])
+
+
+def _makes_all(plan: Plan, params: Sequence[Any], paths: Sequence[str], num_examples: int) -> bool:
+    """Whether to make the norms of all examples, even if only those of some are wanted.
+
+    A kernel finds them in the pass that makes the gradient, and a pass over some examples would
+    come on top. Not where the rows of parameters that no rule takes would fill the memory.
+    """
+    device = platform()
+    fanned_out = plan.fanned_out
+    sizes = [param.size for param, path in zip(params, paths, strict=True) if path in fanned_out]
+    return device.kernels != "none" and 4 * num_examples * sum(sizes) <= device.chunk_bytes
 
 
 def _check_sum_of_microbatches(

@@ -1,10 +1,11 @@
-"""The kernel: in Pallas's interpreter, as a way among others, and as GPUs would get it.
+"""The kernels: in Pallas's interpreter, as ways among others, and as GPUs would get them.
 
-`test_rules.py` has it among all ways of all products and convolutions.
+`test_rules.py` has them among all ways of all products and convolutions.
 """
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -290,6 +291,65 @@ def test_takes_only_what_it_can(differs, takes):
     jax.eval_shape(ways, x, g)
 
 
+@pytest.mark.parametrize(
+    ("positions", "outer", "takes"),
+    [(100, 4, True), (100, 5, False), (2**29 - 100, 2, False)],  # the last for its padded image
+)
+def test_takes_a_few_channels_of_16_bits(positions, outer, takes):
+    window = Window(100, positions, 2, padding=positions // 2)
+    geometry = Geometry(2, 1, 1, (window,), 3, outer, blocks_first=False, folded=True)
+
+    def ways(x, g):
+        found = _fused.fused(
+            *(geometry, x, g, 1.0, jnp.sin),
+            precision=None,
+            device=INTERPRETED,
+            direct=lambda x, g: None,
+        )
+        assert bool(found) == takes
+
+    jax.eval_shape(
+        ways,
+        jax.ShapeDtypeStruct((2, 1, 100, 3), jnp.bfloat16),
+        jax.ShapeDtypeStruct((2, 1, positions, outer), jnp.bfloat16),
+    )
+
+
+@pytest.mark.parametrize(
+    ("x", "g", "uses", "takes"),
+    [
+        (jnp.bfloat16, jnp.bfloat16, 5, True),
+        (jnp.bfloat16, jnp.float32, 5, False),
+        (jnp.float32, jnp.float32, 2**29, False),
+    ],
+)
+def test_takes_depthwise_kernels(x, g, uses, takes):
+    geometry = Geometry(2, 3, 1, (Window(uses, uses, 1),), 1, 1, blocks_first=False)
+
+    def ways(x, g):
+        found = _fused.fused_depthwise(
+            *(geometry, x, g, 1.0, jnp.sin), device=INTERPRETED, direct=lambda x, g: None
+        )
+        assert bool(found) == takes
+
+    jax.eval_shape(ways, *(jax.ShapeDtypeStruct((2, 1, uses, 3), dtype) for dtype in (x, g)))
+
+
+def test_large_parameters_without_a_rule_keep_some_norms_apart(interpreted):
+    def loss_fn(w, x):  # used twice
+        return jnp.mean(jnp.sum(jnp.tanh(x @ w) @ w.T, axis=1))
+
+    def rows(size):
+        step = clars_optax.value_and_grad_and_norms(loss_fn, num_norm_examples=2)
+        w, x = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((size, 7), (16, size)))
+        text = str(jax.make_jaxpr(step)(w, x))
+        return [count for count in (3, 16) if f"f32[{count},{size},7]" in text]
+
+    assert rows(100) == [16]
+    # Sixteen of these are more than a device makes at a time.
+    assert rows(3000) == [3]
+
+
 def test_derivatives_are_those_of_the_other_ways(problem, request):
     params, x = problem
 
@@ -345,7 +405,7 @@ def trial(monkeypatch):
     # The interpreter takes one program after another.
     monkeypatch.setattr(_kernel, "MULTIPROCESSORS", 4)
     monkeypatch.setattr(_trial, "_NUM_GROUPS", 9)
-    monkeypatch.setattr(_trial, "_warned", set())
+    monkeypatch.setattr(_trial, "_has_warned", False)
     _trial._error_of.cache_clear()
     yield run
     _trial._error_of.cache_clear()
@@ -353,7 +413,7 @@ def trial(monkeypatch):
 
 PRODUCTS = [
     (_trial.try_products, 16, 32, 16, True, False, "bfloat16", None),
-    (_trial.try_products, 16, 32, 64, False, False, "float32", None),
+    (_trial.try_products, 16, 32, 64, False, False, "bfloat16", None),
     (_trial.try_products, 32, 16, 16, True, True, "bfloat16", None),
 ]
 DEPTHWISE = (_trial.try_depthwise, 9, "bfloat16")
@@ -363,6 +423,21 @@ DEPTHWISE = (_trial.try_depthwise, 9, "bfloat16")
 def test_trial_passes_where_the_kernel_is_right(trial, kind):
     trial()
     assert _trial._error_of(*kind) is None
+
+
+def test_trial_has_the_kernel_in_question():
+    for uses in (*range(1, 200), 577, 784, 3136):
+        for side, itemsize, is_folded in itertools.product((8, 64, 128), (2, 4), (False, True)):
+            inner = 3 if is_folded else side
+            window = Window(uses, uses, side // 2 if is_folded else 1)
+            given = Geometry(64, 1, 1, (window,), inner, side, False, folded=is_folded)
+            tiles = _kernel.Tiles.of(given, itemsize)
+            kind = (tiles.rows, tiles.columns, tiles.uses, tiles.steps == 1)
+            geometry = _trial.geometry_of(*kind, is_folded)
+            tried = _kernel.Tiles.of(geometry, itemsize)
+            assert (tried.rows, tried.columns, tried.uses, tried.steps == 1) == kind
+            # Some programs have several groups.
+            assert tried.parts < geometry.groups
 
 
 @pytest.mark.parametrize(

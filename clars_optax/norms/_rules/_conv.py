@@ -147,8 +147,9 @@ class Conv:
         )
 
     def _fused(self, x: jax.Array, g: jax.Array, scale: float, device: Platform) -> list[Way]:
+        is_folded = self._inner < _FEW_CHANNELS and math.prod(self._taps) > 1
         return fused(
-            self._geometry(x),
+            self._geometry(x, is_folded),
             x,
             g,
             scale,
@@ -158,7 +159,7 @@ class Conv:
             direct=lambda x, g: self._direct(x, g, scale, device.chunk_bytes).run(),
         )
 
-    def _geometry(self, x: jax.Array) -> Geometry:
+    def _geometry(self, x: jax.Array, is_folded: bool = False) -> Geometry:
         windows = tuple(
             Window(pixels, positions, taps, stride, dilation, low, interior + 1)
             for pixels, positions, taps, stride, dilation, (low, _, interior) in zip(
@@ -175,7 +176,7 @@ class Conv:
             self._inner,
             self._outer,
             blocks_first=False,
-            folded=self._inner < _FEW_CHANNELS and math.prod(self._taps) > 1,
+            folded=is_folded,
         )
 
     def _depthwise_ways(
@@ -226,7 +227,8 @@ class Conv:
         def make() -> tuple[jax.Array, jax.Array]:
             return self._in_blocks(self._patches(x)), self._in_blocks(g)
 
-        operand_bytes, patch_bytes = x.nbytes + g.nbytes, self._patch_bytes(x)
+        patch_bytes = self._patch_bytes(x)
+        operand_bytes = (patch_bytes or x.nbytes) + g.nbytes
         return by_gram(self._sizes(x), make, scale, self._precision, operand_bytes, patch_bytes)
 
     def _pixel_gram(self, x: jax.Array, g: jax.Array, scale: float) -> Way:

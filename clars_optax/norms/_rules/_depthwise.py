@@ -1,7 +1,7 @@
 """The gradients of all groups for a kernel that sees one channel at a time: a kernel for GPUs.
 
 There is no matrix product in it, and the gradients are small. What counts is that images and
-cotangents come from memory once, and not once for each tap or two: every program holds the
+cotangents come from memory once for nine taps, not for each tap or two: every program holds the
 gradient of one group, for some channels and taps, in registers. Its sums are written once and added
 in a fixed order. In Pallas, like `_kernel`, of which all else holds here.
 """

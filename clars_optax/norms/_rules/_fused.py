@@ -1,4 +1,4 @@
-"""Fused: the norms, and the weight gradient with them, in one pass, by a kernel for GPUs."""
+"""Fused: the norms, and the weight gradient with them, in one pass, by kernels for GPUs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -74,6 +74,8 @@ def fused(
         device.flops_per_byte * loaded / device.cache_factor,
     )
     written = 4.0 * (tiles.parts * geometry.entries + geometry.groups * tiles.number)
+    if geometry.folded:
+        written += images.size * x.dtype.itemsize
     saved = 2.0 * geometry.groups * geometry.uses * geometry.entries
     return [Way("Fused", flops, 0.0, 2 * written, lambda: run(x, g), saved=saved)]
 
@@ -118,7 +120,7 @@ def fused_depthwise(
             "Fused",
             device.kernel_factor * flops,
             0.0,
-            3 * rows_bytes,
+            (2 * cuts.parts + 3) * rows_bytes,
             lambda: run(x, g),
             saved=flops,
         )

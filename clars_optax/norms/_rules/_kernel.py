@@ -178,8 +178,7 @@ def weight_gradient_and_squares(
         grid=(tiles.number, tiles.parts),
         interpret=interpret,
         compiler_params=triton.CompilerParams(
-            # A Hopper GPU's product of 64 rows is of four warps; more than one has no need to share
-            # a small one.
+            # Four warps of a Hopper GPU share a product of 64 rows.
             num_warps=tiles.rows // 16 if tiles.rows >= 64 else max(1, tiles.columns // 32),
             num_stages=3,
         ),

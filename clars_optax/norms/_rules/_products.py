@@ -241,7 +241,7 @@ def by_gram(
       make: the arrays `a` and `g`.
       scale: a factor for the gradients of which the norms are wanted.
       precision: that of the products.
-      operand_bytes: the size of what `a` and `g` are made of.
+      operand_bytes: the size of `a` and `g`.
       extra_bytes: what `make` writes.
     """
 

@@ -14,7 +14,7 @@ import numpy as np
 from clars_optax.norms._rules import _depthwise, _kernel
 from clars_optax.norms._rules._geometry import Geometry, Window
 
-# More than a kernel has parts, so that its programs have several groups.
+# More than a kernel for products has parts here, so that its programs have several groups.
 _NUM_GROUPS = 150
 
 
@@ -39,18 +39,24 @@ def is_right(trial: Callable[..., None], *kind: Any) -> bool:
       *kind: its arguments.
     """
     error = _error_of(trial, *kind)
-    if error is not None and not _warned:
-        _warned.add(error)
-        warnings.warn(
-            "The kernel for per-example gradient norms does not run on this GPU, so XLA computes "
-            f"them, with more memory traffic. {error}",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+    if error is not None:
+        _warn_once(error)
     return error is None
 
 
-_warned: set[str] = set()
+def _warn_once(error: str) -> None:
+    global _has_warned
+    if not _has_warned:
+        _has_warned = True
+        warnings.warn(
+            "A kernel for per-example gradient norms does not run on this GPU, so XLA computes "
+            f"them, with more memory traffic. {error}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+_has_warned = False
 
 
 @functools.cache
@@ -88,14 +94,17 @@ def try_products(
     Raises:
       RuntimeError: NumPy finds something else.
     """
-    positions = uses if is_one_step else 2 * uses + 3
-    inner = rows // 2 if is_folded else rows
-    window = Window(2 * positions, positions, taps=2, stride=2, padding=1)
-    geometry = Geometry(
-        *(_NUM_GROUPS, 1, 1, (window,), inner, columns), blocks_first=False, folded=is_folded
+    geometry = geometry_of(rows, columns, uses, is_one_step, is_folded)
+    (window,), blocks, inner = geometry.windows, geometry.blocks, geometry.inner
+    x, g = _draw((window.pixels, blocks * inner), (window.positions, blocks * columns))
+    cotangents = g.reshape(*g.shape[:2], blocks, columns).swapaxes(1, 2)
+    gradients = np.stack(
+        [
+            a.reshape(*g.shape[:2], blocks, inner).transpose(0, 2, 3, 1) @ cotangents
+            for a in _met(x, window)
+        ],
+        axis=2,
     )
-    x, g = _draw((2 * positions, inner), (positions, columns))
-    gradients = np.stack([np.einsum("gti,gto->gio", a, g) for a in _met(x, window)], axis=1)
     run = functools.partial(
         _kernel.weight_gradient_and_squares,
         geometry,
@@ -105,10 +114,21 @@ def try_products(
     )
     total, squares = _run(run, dtype, x, g)
     if not (
-        np.array_equal(total[0], gradients.sum(0))
-        and np.allclose(squares, np.sum(gradients**2, axis=(1, 2, 3)))
+        np.array_equal(total, gradients.sum(0))
+        and np.allclose(squares, np.sum(gradients**2, axis=(1, 2, 3, 4)))
     ):
         raise RuntimeError(f"Its results in {dtype} are wrong.")
+
+
+def geometry_of(rows: int, columns: int, uses: int, is_one_step: bool, is_folded: bool) -> Geometry:
+    """A convolution that has such tiles; arguments as those of `try_products`."""
+    # One less than a multiple would have: the last step is not full.
+    positions = uses if is_one_step else 3 * uses - 1
+    window = Window(2 * positions, positions, taps=2, stride=2, padding=1)
+    inner, blocks = (rows // 2, 2) if is_folded else (rows, 1)
+    return Geometry(
+        *(_NUM_GROUPS, blocks, 1, (window,), inner, columns), blocks_first=False, folded=is_folded
+    )
 
 
 def try_depthwise(taps: int, dtype: str) -> None:

@@ -54,7 +54,7 @@ class Platform:
       chunk_bytes: about how many bytes of single gradients to make at a time.
       reread_factor: how much of another byte moved one counts that was just read or written; none
         where caches hold it.
-      kernel_factor: how many times longer an operation takes in the kernel of `_kernel`.
+      kernel_factor: how many times longer an operation takes in the kernels.
       cache_factor: how many bytes a cache moves while memory moves one.
       kernels: whether the kernels can be run: not at all, on a GPU, or in Pallas's interpreter.
     """
