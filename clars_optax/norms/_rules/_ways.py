@@ -52,8 +52,7 @@ class Platform:
       flops_per_byte: operations that a large product does while memory moves one byte.
       small_factor: how many times longer an operation takes in a small product.
       chunk_bytes: about how many bytes of single gradients to make at a time.
-      reread_factor: how much of another byte moved one counts that was just read or written; none
-        where caches hold it.
+      reread_factor: how much of another byte moved one counts that was just read or written.
       kernel_factor: how many times longer an operation takes in the kernels.
       cache_factor: how many bytes a cache moves while memory moves one.
       kernels: whether the kernels can be run: not at all, on a GPU, or in Pallas's interpreter.
