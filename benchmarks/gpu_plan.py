@@ -16,7 +16,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.hlo import kernels_of
-from benchmarks.models import MODELS, PRESETS
+from benchmarks.models import MODELS, PRESETS, problem_of
 from benchmarks.report import machine, table
 from benchmarks.variants import VARIANTS, plain
 from clars_optax.norms._rules import _fused
@@ -141,8 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(str(error))
     lines: list[tuple[str, ...]] = []
     for name in options.models:
-        size = {"batch_size": options.batch_size} if options.batch_size else {}
-        problem = MODELS[name](**size)
+        problem = problem_of(name, options.batch_size)
         print(f"{name} ...", file=sys.stderr, flush=True)
         base = plan_of(plain(problem), problem.args, mesh)
         lines.append((f"**{name}**, N={problem.batch_size}", "plain", *base.cells()))

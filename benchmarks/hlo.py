@@ -95,7 +95,7 @@ def _parse(text: str) -> tuple[str, _Computations]:
 
 
 def _walk(computations: _Computations, name: str, times: int) -> Iterator[Kernel]:
-    types = {instruction.name: instruction.type for instruction in computations[name]}
+    types = _types(computations[name])
     for instruction in computations[name]:
         match instruction.opcode:
             case opcode if opcode in _FREE:
@@ -125,9 +125,13 @@ def _walk(computations: _Computations, name: str, times: int) -> Iterator[Kernel
                 yield Kernel(instruction.name, kind, times, moved)
 
 
+def _types(instructions: list[_Instruction]) -> dict[str, str]:
+    return {instruction.name: instruction.type for instruction in instructions}
+
+
 def _bytes_of_fusion(fusion: _Instruction, types: dict[str, str], fused: list[_Instruction]) -> int:
     moved = _bytes(fusion.type)
-    written = {instruction.name: instruction.type for instruction in fused}
+    fused_types = _types(fused)
     parameters = {
         int(instruction.rest.partition(")")[0]): instruction.name
         for instruction in fused
@@ -141,7 +145,7 @@ def _bytes_of_fusion(fusion: _Instruction, types: dict[str, str], fused: list[_I
             # Of the result, there is only written what is new in it.
             ((update, _),) = users
             moved -= _bytes(update.type)
-            moved += _bytes(written[update.operands[1]])
+            moved += _bytes(fused_types[update.operands[1]])
         else:
             moved += _bytes(types[operand])
     return moved

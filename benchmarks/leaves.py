@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.models import MODELS, PRESETS, Problem
+from benchmarks.models import MODELS, PRESETS, Problem, problem_of
 from benchmarks.report import machine, table
 from benchmarks.timing import Compiled
 from clars_optax.norms._plan import Plan
@@ -177,8 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
     print(f"{machine()}; medians of {options.rounds} rounds")
     for name in options.models or PRESETS[options.preset]:
-        size = {"batch_size": options.batch_size} if options.batch_size else {}
-        problem = MODELS[name](**size)
+        problem = problem_of(name, options.batch_size)
         print(f"\n**{name}**, N={problem.batch_size}\n\n{_table_of(problem, options.rounds)}")
 
 

@@ -157,3 +157,8 @@ PRESETS: dict[str, tuple[str, ...]] = {
     "cpu": ("mlp", "resnet18", "densenet", "mobilenet", "vit", "vit_scan"),
     "gpu": ("resnet50", "densenet121", "mobilenet_v2", "vit_s"),
 }
+
+
+def problem_of(name: str, batch_size: int | None = None) -> Problem:
+    """Makes one of `MODELS`; of its own batch size if none is given."""
+    return MODELS[name](batch_size=batch_size) if batch_size else MODELS[name]()

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.models import MODELS, PRESETS, Problem
+from benchmarks.models import MODELS, PRESETS, Problem, problem_of
 from benchmarks.report import AGAIN, ModelRows, Row, machine, markdown
 from benchmarks.timing import Compiled, time_pairs
 from benchmarks.variants import VARIANTS, Variant, plain
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     header = machine()
     models: list[ModelRows] = []
     for name in options.models or PRESETS[options.preset]:
-        problem = MODELS[name](**({"batch_size": options.batch_size} if options.batch_size else {}))
+        problem = problem_of(name, options.batch_size)
         base = Compiled.of(plain(problem), problem.args)
         models.append(ModelRows(name, problem.batch_size, base))
         for variant in (AGAIN, *(options.variants or VARIANTS)):

@@ -133,7 +133,7 @@ class Operation:
     @property
     def carried(self) -> range:
         """The operands that one step of a scan takes from the step before; else none."""
-        return _carried(self.equation) if self.kind == "scan" else range(0)
+        return _carried(self.equation)
 
     def apply(self, *arguments: Any, **changed_params: Any) -> list[Any]:
         """Runs the equation; a changed parameter replaces the equation's own."""
@@ -208,7 +208,7 @@ def _bodies(equation: JaxprEqn, operands: Sequence[Value]) -> tuple[Program, ...
     if jaxprs is None:
         return ()
     entering = operands[1:] if name == "cond" else operands
-    carried = _carried(equation) if name == "scan" else range(0)
+    carried = _carried(equation)
     from_params = [value.from_params for value in entering]
     from_batch = [value.from_batch for value in entering]
     while True:
@@ -225,21 +225,23 @@ def _bodies(equation: JaxprEqn, operands: Sequence[Value]) -> tuple[Program, ...
             return programs
 
 
-def _carried(scan: JaxprEqn) -> range:
-    """The operands that one step of a scan takes from the step before.
+def _carried(equation: JaxprEqn) -> range:
+    """The operands that one step of a scan takes from the step before; none if it is no scan.
 
     Those before them are the same for all steps, those after them have a slice for each. Ranks tell
     which are which; the parameters that do so have other names in other versions of JAX.
     """
-    body = _closed(scan.params["jaxpr"]).jaxpr
+    if equation.primitive.name != "scan":
+        return range(0)
+    body = _closed(equation.params["jaxpr"]).jaxpr
 
     def num_sliced(outside: Sequence[Any], inside: Sequence[Any]) -> int:
         return sum(
             len(a.aval.shape) > len(b.aval.shape) for a, b in zip(outside, inside, strict=True)
         )
 
-    num_carried = len(scan.outvars) - num_sliced(scan.outvars, body.outvars)
-    stop = len(scan.invars) - num_sliced(scan.invars, body.invars)
+    num_carried = len(equation.outvars) - num_sliced(equation.outvars, body.outvars)
+    stop = len(equation.invars) - num_sliced(equation.invars, body.invars)
     return range(stop - num_carried, stop)
 
 

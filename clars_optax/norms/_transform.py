@@ -328,9 +328,11 @@ def _makes_all(plan: Plan, params: Sequence[Any], paths: Sequence[str], num_exam
     come on top. Not where the rows of parameters that no rule takes would fill the memory.
     """
     device = platform()
+    if device.kernels == "none":
+        return False
     fanned_out = plan.fanned_out
     sizes = [param.size for param, path in zip(params, paths, strict=True) if path in fanned_out]
-    return device.kernels != "none" and 4 * num_examples * sum(sizes) <= device.chunk_bytes
+    return 4 * num_examples * sum(sizes) <= device.chunk_bytes
 
 
 def _check_sum_of_microbatches(

@@ -41,6 +41,8 @@ def fused(
       direct: the same from images and cotangents by other means: for derivatives, and where the
         program turns out to be for another kind of device.
     """
+    if device.kernels == "none":
+        return []
     precision = _one(precision)
     tiles = Tiles.of(geometry, x.dtype.itemsize)
     images = jax.eval_shape(lambda x: padded(geometry, x)[1], x) if geometry.folded else x
@@ -49,7 +51,7 @@ def fused(
     # be wider.
     widths = [geometry.outer] if geometry.folded else [geometry.outer, geometry.inner]
     if not (
-        _fits(device, x, g, *sizes)
+        _fits(x, g, *sizes)
         and not any(width * x.dtype.itemsize % 4 for width in widths)
         and (precision is None or isinstance(precision, jax.lax.Precision))
     ):
@@ -101,8 +103,10 @@ def fused_depthwise(
       device: what the program will run on.
       direct: as for `fused`.
     """
+    if device.kernels == "none":
+        return []
     cuts = Cuts.of(geometry)
-    if not _fits(device, x, g, cuts.parts * geometry.groups * geometry.entries):
+    if not _fits(x, g, cuts.parts * geometry.groups * geometry.entries):
         return []
     interpret = device.kernels == "interpreted"
     if not (interpret or is_right(try_depthwise, cuts.taps, x.dtype.name)):
@@ -140,11 +144,10 @@ def _guarded(kernel: Direct, direct: Direct, interpret: bool) -> Direct:
     return run
 
 
-def _fits(device: Platform, x: jax.Array, g: jax.Array, *results: float) -> bool:
+def _fits(x: jax.Array, g: jax.Array, *results: float) -> bool:
     """Whether the kernels take such arrays and results of such sizes."""
     return (
-        device.kernels != "none"
-        and x.dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
+        x.dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
         and x.dtype == g.dtype
         and max(x.size, g.size, *results) < 2**31  # offsets have 32 bits
     )
