@@ -77,7 +77,50 @@ def kernels_of(text: str) -> list[Kernel]:
             as branches.
     """
     entry, computations = _parse(text)
-    return list(_walk(computations, entry, 1))
+    types = {name: _types(instructions) for name, instructions in computations.items()}
+    return [
+        _kernel(instruction, types[name], computations, times)
+        for instruction, name, times in _walk(computations, entry, 1)
+        if instruction.opcode not in _FREE
+    ]
+
+
+def cycles_of(text: str) -> int:
+    """Adds up the cycles of a TPU that a program's operations take, by the compiler's estimate.
+
+    Transfers that go on meanwhile have none, and neither have a few operations.
+
+    Args:
+        text: `compiled.as_text()`, for a TPU.
+
+    Raises:
+        ValueError: the text has no entry, a loop of unknown length, or branches.
+    """
+    entry, computations = _parse(text)
+    total = 0
+    for instruction, _, times in _walk(computations, entry, 1):
+        if instruction.opcode == "conditional":
+            raise ValueError(f"Which branch of {instruction.name} runs is not known.")
+        total += times * int(instruction.attribute(r'"estimated_cycles":"(\d+)"') or 0)
+    return total
+
+
+def _kernel(
+    instruction: _Instruction, types: dict[str, str], computations: _Computations, times: int
+) -> Kernel:
+    opcode = instruction.opcode
+    if opcode in _UNKNOWN:
+        raise ValueError(f"What {instruction.name} ({opcode}) moves is not known.")
+    kind = instruction.attribute(r'custom_call_target="([^"]+)"') or opcode
+    if opcode == "fusion":
+        called = instruction.attribute(r"calls=%([\w.\-]+)")
+        moved = _bytes_of_fusion(instruction, types, computations[str(called)])
+    else:
+        results = instruction.type
+        if kind.startswith("__cu"):
+            results = _SPACE.sub("", results)
+        moved = _bytes(results) + sum(_bytes(types[x]) for x in dict.fromkeys(instruction.operands))
+    return Kernel(instruction.name, kind, times, moved)
 
 
 def _parse(text: str) -> tuple[str, _Computations]:
@@ -94,35 +137,32 @@ def _parse(text: str) -> tuple[str, _Computations]:
     return entry, computations
 
 
-def _walk(computations: _Computations, name: str, times: int) -> Iterator[Kernel]:
-    types = _types(computations[name])
+def _walk(
+    computations: _Computations, name: str, times: int
+) -> Iterator[tuple[_Instruction, str, int]]:
+    """All that runs, with the computation that it stands in and how often it does."""
     for instruction in computations[name]:
         match instruction.opcode:
-            case opcode if opcode in _FREE:
-                continue
             case "while":
-                body = instruction.attribute(r"body=%([\w.\-]+)")
-                count = instruction.attribute(r'known_trip_count":\{"n":"(\d+)"')
-                if body is None or count is None:
-                    raise ValueError(f"{instruction.name} is a loop of unknown length.")
-                yield from _walk(computations, body, times * int(count))
+                body = str(instruction.attribute(r"body=%([\w.\-]+)"))
+                count = _trip_count(computations, instruction)
+                yield from _walk(computations, body, times * count)
             case "call":
                 called = instruction.attribute(r"to_apply=%([\w.\-]+)")
                 yield from _walk(computations, str(called), times)
-            case opcode if opcode in _UNKNOWN:
-                raise ValueError(f"What {instruction.name} ({opcode}) moves is not known.")
-            case opcode:
-                kind = instruction.attribute(r'custom_call_target="([^"]+)"') or opcode
-                if opcode == "fusion":
-                    called = instruction.attribute(r"calls=%([\w.\-]+)")
-                    moved = _bytes_of_fusion(instruction, types, computations[str(called)])
-                else:
-                    results = instruction.type
-                    if kind.startswith("__cu"):
-                        results = _SPACE.sub("", results)
-                    operands = dict.fromkeys(instruction.operands)
-                    moved = _bytes(results) + sum(_bytes(types[x]) for x in operands)
-                yield Kernel(instruction.name, kind, times, moved)
+            case _:
+                yield instruction, name, times
+
+
+def _trip_count(computations: _Computations, loop: _Instruction) -> int:
+    """How often a loop runs: it says so itself, or counts up from zero to a constant."""
+    if count := loop.attribute(r'known_trip_count":\{"n":"(\d+)"'):
+        return int(count)
+    condition = computations[str(loop.attribute(r"condition=%([\w.\-]+)"))]
+    limits = [x.rest for x in condition if x.opcode == "constant" and x.type.startswith("s32[]")]
+    if len(limits) != 1 or not any("direction=LT" in x.rest for x in condition):
+        raise ValueError(f"{loop.name} is a loop of unknown length.")
+    return int(limits[0].partition(")")[0])
 
 
 def _types(instructions: list[_Instruction]) -> dict[str, str]:

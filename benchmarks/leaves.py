@@ -1,6 +1,7 @@
 """Where the price of the norms comes from: every way to them, for every leaf that a rule has.
 
-`python -m benchmarks.leaves` prints one table; `benchmarks/README.md` says what is in it.
+Timed, or as the compiler for a device that is not there sees it. `python -m benchmarks.leaves`
+prints one table; `benchmarks/README.md` says what is in it.
 """
 
 import argparse
@@ -9,7 +10,7 @@ import functools
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ import numpy as np
 
 from benchmarks.models import MODELS, PRESETS, Problem, problem_of
 from benchmarks.report import machine, table
+from benchmarks.targets import TARGETS, Target, plan_of
 from benchmarks.timing import Compiled
 from clars_optax.norms._plan import Plan
 from clars_optax.norms._rows import Rows
@@ -24,8 +26,12 @@ from clars_optax.norms._rules import Rule, Way, cheapest, cost, platform
 from clars_optax.norms._taps import Use
 from clars_optax.norms._trace import make_plan
 
+_Found = TypeVar("_Found")
+
 # A way that is said to be so many times dearer than another is not worth its compilation.
 _HOPELESS = 30
+
+_MILLISECONDS = "ms"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +56,11 @@ class Leaf:
         operation = self.use.operation
         operands = [(value.shape, value.aval.dtype) for value in operation.operands]
         return operation.name, str(operation.params), str(operands)
+
+    @property
+    def is_image(self) -> bool:
+        """Whether it meets images: of a convolution."""
+        return self.use.operation.name == "conv_general_dilated"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -113,13 +124,14 @@ def leaves_of(problem: Problem) -> Iterator[Leaf]:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """The times of a leaf.
+    """What the ways to the norms of a leaf cost.
 
     Attributes:
         chosen: the way that the engine takes.
-        gradient: seconds of the weight gradient alone, median over the rounds.
-        ways: by name, seconds of each way to the norms and the weight gradient; or in a word or two
-            why there are none.
+        gradient: the price of the weight gradient alone: seconds, median over the rounds, or what
+            the compiler says of it.
+        ways: by name, the price of each way to the norms and the weight gradient; or in a word or
+            two why there is none.
     """
 
     chosen: str
@@ -127,14 +139,55 @@ class Measured:
     ways: dict[str, float | str]
 
     @property
-    def seconds(self) -> dict[str, float]:
-        """The ways that were timed."""
-        return {name: time for name, time in self.ways.items() if isinstance(time, float)}
+    def prices(self) -> dict[str, float]:
+        """Those that are known."""
+        return {name: price for name, price in self.ways.items() if isinstance(price, float)}
 
 
 def measure(leaf: Leaf, num_rounds: int) -> Measured:
     """Times the weight gradient, and each way to the norms and the weight gradient."""
     arrays = leaf.arrays()
+
+    def compiled_of(function: Callable[..., Any]) -> Compiled | str:
+        compiled = Compiled.of(function, arrays)
+        if compiled.needs_too_much:
+            return "out of memory"
+        compiled.run(arrays)
+        return compiled
+
+    chosen, tried = _tried(leaf, arrays, compiled_of)
+    compiled = {name: found for name, found in tried.items() if isinstance(found, Compiled)}
+    seconds: dict[str, list[float]] = {name: [] for name in compiled}
+    # A single run on an accelerator may take less time than it takes to send it there.
+    repeats = 1 if jax.default_backend() == "cpu" else 20
+    for index in range(num_rounds):
+        for name in list(compiled)[:: 1 if index % 2 else -1]:
+            seconds[name].append(compiled[name].run(arrays, repeats))
+    medians = {name: float(np.median(times)) for name, times in seconds.items()}
+    ways = {name: medians.get(name, str(found)) for name, found in tried.items()}
+    return Measured(chosen, float(ways.pop("")), ways)
+
+
+def estimate(leaf: Leaf, target: Target) -> Measured:
+    """What the compiler for a device that is not there says of them."""
+    arrays = leaf.arrays()
+    types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
+
+    def price(function: Callable[..., Any]) -> float:
+        plan = plan_of(function, types, target, is_image=leaf.is_image)
+        return float(plan[target.price])
+
+    with target.pretended():
+        chosen, ways = _tried(leaf, arrays, price)
+    gradient = ways.pop("")
+    assert isinstance(gradient, float)
+    return Measured(chosen, gradient, ways)
+
+
+def _tried(
+    leaf: Leaf, arrays: Any, find: Callable[[Callable[..., Any]], _Found | str]
+) -> tuple[str, dict[str, _Found | str]]:
+    """The name of the way chosen, and what is found of each way, and of the gradient alone."""
     ways: list[Way] = []
 
     def keep(*arrays: Any) -> None:
@@ -143,57 +196,54 @@ def measure(leaf: Leaf, num_rounds: int) -> Measured:
     jax.eval_shape(keep, *arrays)
     device = platform()
     costs = {way.name: cost(way, device, needs_gradient=False) for way in ways}
-    found: dict[str, float | str] = {}
-    compiled = {"": Compiled.of(leaf.gradient, arrays)}
+    found = {"": find(leaf.gradient)}
     for name in costs:
         if costs[name] > _HOPELESS * min(costs.values()):
             found[name] = "not tried"
             continue
         try:
-            of_way = Compiled.of(functools.partial(leaf.squares_and_gradient, name), arrays)
-            if of_way.needs_too_much:
-                found[name] = "out of memory"
-                continue
-            of_way.run(arrays)
+            found[name] = find(functools.partial(leaf.squares_and_gradient, name))
         except Exception as error:  # The table says so; the others are not lost.
             exhausted = "RESOURCE_EXHAUSTED" in str(error)
             found[name] = "out of memory" if exhausted else type(error).__name__
-            continue
-        compiled[name] = of_way
-    seconds: dict[str, list[float]] = {name: [] for name in compiled}
-    # A single run on an accelerator may take less time than it takes to send it there.
-    repeats = 1 if jax.default_backend() == "cpu" else 20
-    for index in range(num_rounds):
-        for name in list(compiled)[:: 1 if index % 2 else -1]:
-            seconds[name].append(compiled[name].run(arrays, repeats))
-    medians = {name: float(np.median(times)) for name, times in seconds.items()}
-    chosen = cheapest(ways, device, needs_gradient=True).name
-    gradient = medians.pop("")
-    return Measured(chosen, gradient, {name: medians.get(name) or found[name] for name in costs})
+    return cheapest(ways, device, needs_gradient=True).name, found
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     options = _parse(arguments)
-    print(f"{machine()}; medians of {options.rounds} rounds")
+    target = TARGETS.get(options.device)
+    if target is None:
+        unit, title = _MILLISECONDS, f"{machine()}; medians of {options.rounds} rounds"
+        price = functools.partial(measure, num_rounds=options.rounds)
+    else:
+        try:
+            (device, *_) = target.devices()
+        except RuntimeError as error:
+            sys.exit(str(error))
+        unit = f"million {target.price}"
+        title = f"{machine(with_load=False)}; compiled for {device.device_kind}, {unit}"
+        price = functools.partial(estimate, target=target)
+    print(title)
     for name in options.models or PRESETS[options.preset]:
         problem = problem_of(name, options.batch_size)
-        print(f"\n**{name}**, N={problem.batch_size}\n\n{_table_of(problem, options.rounds)}")
+        print(f"\n**{name}**, N={problem.batch_size}\n\n{_table_of(problem, price, unit)}")
 
 
-def _table_of(problem: Problem, num_rounds: int) -> str:
+def _table_of(problem: Problem, price: Callable[[Leaf], Measured], unit: str) -> str:
     leaves = list(leaves_of(problem))
     counts = Counter(leaf.key for leaf in leaves)
     kinds = {leaf.key: leaf for leaf in reversed(leaves)}
     results: list[tuple[Leaf, Measured]] = []
     for leaf in reversed(kinds.values()):
         print(f"{len(results) + 1} of {len(kinds)}: {leaf.path}", file=sys.stderr, flush=True)
-        results.append((leaf, measure(leaf, num_rounds)))
+        results.append((leaf, price(leaf)))
     names = list(dict.fromkeys(name for _, measured in results for name in measured.ways))
+    scale = 1e3 if unit == _MILLISECONDS else 1e-6
 
     def cell(measured: Measured, name: str) -> str:
-        time = measured.ways.get(name, "")
-        text = f"{time * 1e3:.2f}" if isinstance(time, float) else time
+        price = measured.ways.get(name, "")
+        text = f"{price * scale:.2f}" if isinstance(price, float) else price
         return f"**{text}**" if name == measured.chosen else text
 
     lines = [
@@ -201,23 +251,23 @@ def _table_of(problem: Problem, num_rounds: int) -> str:
             leaf.path,
             str(counts[leaf.key]),
             "x".join(map(str, leaf.shape)),
-            f"{measured.gradient * 1e3:.2f}",
+            f"{measured.gradient * scale:.2f}",
             *(cell(measured, name) for name in names),
         )
         for leaf, measured in results
     ]
 
-    def total(seconds_of: Callable[[Measured], float]) -> str:
-        return f"{1e3 * sum(counts[leaf.key] * seconds_of(of) for leaf, of in results):.1f} ms"
+    def total(price_of: Callable[[Measured], float]) -> str:
+        return f"{scale * sum(counts[leaf.key] * price_of(of) for leaf, of in results):.1f} {unit}"
 
     gradient = total(lambda measured: measured.gradient)
-    chosen = total(lambda measured: measured.seconds.get(measured.chosen, np.nan))
-    fastest = total(lambda measured: min(measured.seconds.values(), default=np.nan))
+    chosen = total(lambda measured: measured.prices.get(measured.chosen, np.nan))
+    lowest = total(lambda measured: min(measured.prices.values(), default=np.nan))
     rest = len(jax.tree.leaves(problem.params)) - len(leaves)
     return (
         f"{table(('leaf', 'such leaves', 'shape', 'gradient', *names), lines)}\n\n"
-        f"All of them: {gradient} for the gradient alone, {chosen} by the ways chosen, {fastest} "
-        f"by the fastest. {rest} leaves have no rule."
+        f"All of them: {gradient} for the gradient alone, {chosen} by the ways chosen, {lowest} "
+        f"by the best. {rest} leaves have no rule."
     )
 
 
@@ -225,6 +275,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.leaves",
         description="Times every way to the norms of every leaf, with the weight gradient.",
+    )
+    parser.add_argument(
+        "--device",
+        choices=TARGETS,
+        help="one that is not there: what its compiler says; nothing runs",
     )
     parser.add_argument("--preset", choices=PRESETS, default="cpu", help="models; default: cpu")
     parser.add_argument("--models", nargs="+", choices=MODELS, metavar="NAME")

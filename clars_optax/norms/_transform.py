@@ -325,10 +325,11 @@ def _makes_all(plan: Plan, params: Sequence[Any], paths: Sequence[str], num_exam
     """Whether to make the norms of all examples, even if only those of some are wanted.
 
     A kernel finds them in the pass that makes the gradient, and a pass over some examples would
-    come on top. Not where the rows of parameters that no rule takes would fill the memory.
+    come on top; a TPU copies what it takes some of. Not where the rows of parameters that no rule
+    takes would fill the memory.
     """
     device = platform()
-    if device.kernels == "none":
+    if not device.makes_all:
         return False
     fanned_out = plan.fanned_out
     sizes = [param.size for param, path in zip(params, paths, strict=True) if path in fanned_out]

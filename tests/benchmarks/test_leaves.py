@@ -109,4 +109,17 @@ def test_a_way_that_fails_says_so(problem, monkeypatch, error, cell):
     measured = leaves.measure(leaf, 1)
 
     assert measured.ways["Gram"] == cell
-    assert measured.seconds["Direct"] > 0
+    assert measured.prices["Direct"] > 0
+
+
+@pytest.mark.tpu
+@pytest.mark.usefixtures("problem")
+def test_table_for_a_tpu(capsys):
+    leaves.main(["--models", "mlp", "--device", "v5e"])
+
+    text = capsys.readouterr().out
+    assert "compiled for TPU v5 lite, million cycles" in text
+    for row in rows_of(text)[2:]:
+        (chosen,) = [cell for cell in row if cell.startswith("**")]
+        assert float(chosen.strip("*")) >= 0
+    assert len(re.findall(r"\d million cycles", text)) == 3

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from benchmarks import memory
+from benchmarks.targets import TARGETS
 from train.configs import CONFIGS
 from train.models import MODELS
 from train.models.resnet import ResNet
@@ -26,7 +27,7 @@ def test_table(capsys):
     )
 
     text = capsys.readouterr().out
-    assert re.findall(r"^\| (.*) \| (\w+) \|", text, re.MULTILINE)[1:] == [
+    assert re.findall(r"^\| (.*?) +\| (\w+) +\|", text, re.MULTILINE)[1:] == [
         ("a batch of 16", "step"),
         ("a batch of 64 in transfers of 16", "accumulate"),
         ("a batch of 64 in transfers of 16", "finish"),
@@ -36,7 +37,7 @@ def test_table(capsys):
 
 
 def test_images_and_parameters_are_in_the_plan():
-    params, plans = memory.plans_of(CONFIG)
+    params, plans = memory.memory_of(CONFIG)
 
     images = 16 * 8 * 8 * (1 + 4)  # bytes and, on their way into the network, floats
     assert params == 4 * 77_754  # as tests/train/test_models.py counts them
@@ -48,10 +49,10 @@ def test_images_and_parameters_are_in_the_plan():
 
 @pytest.mark.usefixtures("small")
 def test_batch_in_transfers_needs_one_microbatch_and_two_trees_like_the_parameters():
-    params, single = memory.plans_of(CONFIG)
+    params, single = memory.memory_of(CONFIG)
     large = dataclasses.replace(CONFIG, batch_size=128, transfer_size=16)
 
-    _, plans = memory.plans_of(large)
+    _, plans = memory.memory_of(large)
 
     for plan in plans.values():
         assert plan.total <= single["step"].total + 2 * params
@@ -59,11 +60,24 @@ def test_batch_in_transfers_needs_one_microbatch_and_two_trees_like_the_paramete
 
 def test_loop_over_microbatches_needs_one_of_them_and_two_trees(monkeypatch):
     """On accelerators, where micro-batches are a loop; the images are arguments."""
-    params, single = memory.plans_of(CONFIG)
+    params, single = memory.memory_of(CONFIG)
     monkeypatch.setattr("jax.default_backend", lambda: "gpu")
     # It would be tried, on the CPU that this is.
     monkeypatch.setenv("CLARS_OPTAX_KERNEL", "off")
 
-    _, plans = memory.plans_of(dataclasses.replace(CONFIG, batch_size=128))
+    _, plans = memory.memory_of(dataclasses.replace(CONFIG, batch_size=128))
 
     assert plans["step"].temporary <= single["step"].temporary + 2 * params
+
+
+@pytest.mark.tpu
+@pytest.mark.usefixtures("small")
+def test_step_is_mapped_over_tpus():
+    params, single = memory.memory_of(CONFIG)
+
+    _, mapped = memory.memory_of(dataclasses.replace(CONFIG, batch_size=64), TARGETS["v5e"])
+
+    # Of 128 channels in a tile, the network has 32.
+    assert 1 <= mapped["step"].arguments / single["step"].arguments <= 5
+    assert mapped["step"].results < params
+    assert mapped["step"].work["cycles"] > 0

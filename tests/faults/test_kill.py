@@ -13,10 +13,10 @@ from train.run_folder import CHECKPOINTS
 
 pytestmark = pytest.mark.faults
 
-# Thirty steps, with a checkpoint after nearly every one of them, so that many kills meet one that
+# Twenty steps, with a checkpoint after nearly every one of them, so that many kills meet one that
 # is being written.
 OPTIONS = (
-    *("digits", "--batch-size", 288, "--epochs", 6, "--eval-epochs", 1, "--checkpoint-steps", 2),
+    *("digits", "--batch-size", 288, "--epochs", 4, "--eval-epochs", 1, "--checkpoint-steps", 2),
     *("--transfer-size", 96, "--ema-decay", 0.9, "--seed", 2),
     *("--optimizer", "lena", "--learning-rate", 0.3, "--group-size", 4),
 )
@@ -56,5 +56,5 @@ def test_kills_leave_no_trace(run, tmp_path, full):
 
     assert numbers_of(killed) == numbers_of(whole)
     (step, state), (expected_step, expected) = state_of(killed), state_of(whole)
-    assert step == expected_step == 30
+    assert step == expected_step == 20
     jax.tree.map(np.testing.assert_array_equal, state, expected)

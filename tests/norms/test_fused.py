@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 # Its operations and all bytes are free there, so that it is chosen wherever it can be.
-INTERPRETED = Platform(0.0, 1.0, 2**20, kernel_factor=0.0, kernels="interpreted")
+INTERPRETED = Platform(0.0, 1.0, 2**20, kernel_factor=0.0, makes_all=True, kernels="interpreted")
 
 DENSE = {"dimension_numbers": (((2,), (0,)), ((), ())), "precision": None}
 
@@ -335,19 +335,28 @@ def test_takes_depthwise_kernels(x, g, uses, takes):
     jax.eval_shape(ways, *(jax.ShapeDtypeStruct((2, 1, uses, 3), dtype) for dtype in (x, g)))
 
 
-def test_large_parameters_without_a_rule_keep_some_norms_apart(interpreted):
-    def loss_fn(w, x):  # used twice
+def rows_made(size):
+    """How many gradients of a parameter that is used twice are made for the norms of two."""
+
+    def loss_fn(w, x):
         return jnp.mean(jnp.sum(jnp.tanh(x @ w) @ w.T, axis=1))
 
-    def rows(size):
-        step = clars_optax.value_and_grad_and_norms(loss_fn, num_norm_examples=2)
-        w, x = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((size, 7), (16, size)))
-        text = str(jax.make_jaxpr(step)(w, x))
-        return [count for count in (3, 16) if f"f32[{count},{size},7]" in text]
+    step = clars_optax.value_and_grad_and_norms(loss_fn, num_norm_examples=2)
+    w, x = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((size, 7), (16, size)))
+    text = str(jax.make_jaxpr(step)(w, x))
+    return [count for count in (3, 16) if f"f32[{count},{size},7]" in text]
 
-    assert rows(100) == [16]
+
+def test_large_parameters_without_a_rule_keep_some_norms_apart(interpreted):
+    assert rows_made(100) == [16]
     # Sixteen of these are more than a device makes at a time.
-    assert rows(3000) == [3]
+    assert rows_made(3000) == [3]
+
+
+def test_on_a_tpu_all_norms_are_made(monkeypatch):
+    assert rows_made(100) == [3]
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert rows_made(100) == [16]
 
 
 def test_derivatives_are_those_of_the_other_ways(problem, request):

@@ -137,6 +137,16 @@ def test_a_kernel_that_meets_only_padding_has_norms_of_zero():
     assert len(check(operation, w, x, 1, 2, 300)) == 4
 
 
+def test_what_no_tap_meets_stays_out():
+    def operation(x, w):
+        # The stride steps over the last pixel, and over one in two of the others.
+        return jax.lax.conv_general_dilated(x, w, (2,), [(0, 0)], precision="highest")
+
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in [(4, 2, 6), (3, 2, 1)])
+    check(operation, w, x, 1, 2, 2**20)
+
+
 def test_a_3x3_convolution_has_all_ways():
     def operation(x, w):
         return jax.lax.conv_general_dilated(
@@ -296,6 +306,10 @@ def test_the_cheapest_way():
     # 30 against 40 operations; 130 against 40 where the gradient is not needed.
     assert cheapest([gram, direct], device, needs_gradient=True) is direct
     assert cheapest([gram, direct], device, needs_gradient=False) is gram
+    patches, rows = way(unfolded=4.0), way(moved=5.0)
+    assert cheapest([rows, patches], device, needs_gradient=True) is patches
+    dear = dataclasses.replace(device, unfold_factor=2.0)
+    assert cheapest([rows, patches], dear, needs_gradient=True) is rows
     # Arithmetic that is ten times as fast in large products only makes bytes dear.
     costly = Platform(flops_per_byte=math.inf, small_factor=2.0, chunk_bytes=1)
     assert cheapest([gram, way(flops=1.0, moved=1.0)], costly, needs_gradient=True) is gram

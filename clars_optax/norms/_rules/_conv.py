@@ -1,7 +1,6 @@
 """Convolutions, in any number of dimensions and any layout, as products of patches."""
 
 import functools
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 
 from clars_optax.norms._rules._fused import fused, fused_depthwise
 from clars_optax.norms._rules._geometry import Geometry, Window
+from clars_optax.norms._rules._patches import met, padded, unfolded, unfolded_bytes
 from clars_optax.norms._rules._products import (
     GRAM_PASSES,
     Sizes,
@@ -19,7 +19,6 @@ from clars_optax.norms._rules._products import (
     by_gram,
     centred,
     direct,
-    gradients,
     gram,
     paired,
     without_underflow,
@@ -47,31 +46,30 @@ class Conv:
         self._image_axes, self._kernel_axes, self._result_axes = numbers
         self._precision = params["precision"]
         self._blocks = params["feature_group_count"]
-        self._strides = tuple(params["window_strides"])
-        self._dilations = tuple(params["rhs_dilation"])
-        self._padding = [
-            (low, high, interior - 1)
-            for (low, high), interior in zip(params["padding"], params["lhs_dilation"], strict=True)
-        ]
-        self._pixels = image[2:]
-        self._taps = kernel[2:]
-        self._positions = result[2:]
+        self._windows = tuple(
+            Window(pixels, positions, taps, stride, dilation, low, spread)
+            for pixels, positions, taps, stride, dilation, (low, _), spread in zip(
+                *(image[2:], result[2:], kernel[2:], params["window_strides"]),
+                *(params["rhs_dilation"], params["padding"], params["lhs_dilation"]),
+                strict=True,
+            )
+        )
         self._inner, self._outer = kernel[1], kernel[0] // self._blocks
 
     def ways(self, x: jax.Array, g: jax.Array, scale: float, device: Platform) -> list[Way]:
         """The ways to the squared norms, from arrays `[G, b, *axes]`."""
-        x, g = _channels_last(x, self._image_axes), _channels_last(g, self._result_axes)
+        x, g = _canonical(x, self._image_axes), _canonical(g, self._result_axes)
         if self._blocks > 1 and self._inner == 1:
             return self._depthwise_ways(x, g, scale, device)
         ways = [self._gram(x, g, scale)]
-        if math.prod(self._taps) > 1:
+        if self._num_taps > 1:
             ways.append(self._pixel_gram(x, g, scale))
         ways.append(self._direct(x, g, scale, device.chunk_bytes))
         if self._blocks == 1:
             ways.extend(
                 self._split(x, g, scale, device.chunk_bytes, axis)
-                for axis, (taps, stride) in enumerate(zip(self._taps, self._strides, strict=True))
-                if taps > 1 and stride == 1
+                for axis, window in enumerate(self._windows)
+                if window.taps > 1 and window.stride == 1
             )
         ways.extend(self._fused(x, g, scale, device))
         return ways
@@ -79,20 +77,26 @@ class Conv:
     def gradient(self, x: jax.Array, g: jax.Array) -> None:
         """None: the convolution's own derivative is as good."""
 
+    @property
+    def _taps(self) -> list[int]:
+        return [window.taps for window in self._windows]
+
+    @property
+    def _num_taps(self) -> int:
+        return math.prod(self._taps)
+
     def _sizes(self, x: jax.Array, growth: float = 1.0) -> Sizes:
-        uses = math.prod([*x.shape[1:3], *self._positions])
-        inner = math.prod(self._taps) * self._inner
+        positions = math.prod(window.positions for window in self._windows)
+        uses = self._images(x) * positions
+        inner = self._num_taps * self._inner
         return Sizes(x.shape[0], self._blocks, int(uses * growth), inner, self._outer)
 
-    def _patch_bytes(self, x: jax.Array) -> float:
-        if math.prod(self._taps) == 1:
-            return 0.0
-        sizes = self._sizes(x)
-        return float(x.dtype.itemsize * sizes.groups * sizes.blocks * sizes.uses * sizes.inner)
+    def _images(self, x: jax.Array) -> int:
+        return math.prod(x.shape[1 : -1 - len(self._windows)])
 
     def _direct(self, x: jax.Array, g: jax.Array, scale: float, chunk_bytes: int) -> Way:
         def rows(x: jax.Array, g: jax.Array) -> jax.Array:
-            return gradients(self._in_blocks(self._patches(x)), self._in_blocks(g), self._precision)
+            return self._products(unfolded(self._windows, x, self._blocks), g)
 
         return direct(
             self._sizes(x),
@@ -101,8 +105,24 @@ class Conv:
             [x, g],
             scale,
             chunk_bytes=chunk_bytes,
-            extra_bytes=self._patch_bytes(x),
+            unfolded_bytes=unfolded_bytes(self._windows, x),
         )
+
+    def _products(self, x: jax.Array, g: jax.Array) -> jax.Array:
+        """The products `A' G` of patches or pixels and cotangents, `[G, blocks, inner, outer]`."""
+        # The positions keep their axes, and get no others beside them: a TPU would copy before.
+        summed, blocks = tuple(range(1, x.ndim - 1)), [0]
+        if self._blocks > 1:
+            blocks.append(x.ndim - 1)
+            x, g = (z.reshape(*x.shape[:-1], self._blocks, -1) for z in (x, g))
+        rows = jax.lax.dot_general(
+            x,
+            g,
+            ((summed, summed), (blocks, blocks)),
+            precision=self._precision,
+            preferred_element_type=jnp.float32,
+        )
+        return rows.reshape(len(x), self._blocks, *rows.shape[-2:])
 
     def _split(self, x: jax.Array, g: jax.Array, scale: float, chunk_bytes: int, axis: int) -> Way:
         """Direct with the taps of one axis on the side of the cotangent.
@@ -111,23 +131,25 @@ class Conv:
         `j = i + k` of `x[j] * g[j - k]`, so that the image is unfolded along the others only: 3 + 3
         copies for a 3x3 kernel instead of 9, and a product of nearly square matrices.
         """
-        taps, step = self._taps[axis], self._dilations[axis]
+        window = self._windows[axis]
+        taps, step = window.taps, window.dilation
         reach = (taps - 1) * step
-        growth = (self._positions[axis] + reach) / self._positions[axis]
-        sizes = self._sizes(x, growth)
-        others = math.prod(self._taps) // taps
+        length = window.positions + reach
+        sizes = self._sizes(x, length / window.positions)
+        others = self._num_taps // taps
 
         def rows(x: jax.Array, g: jax.Array) -> jax.Array:
             padding = [(0, 0, 0)] * g.ndim
-            padding[3 + axis] = (reach, reach, 0)
+            place = axis - len(self._windows) - 1
+            padding[place] = (reach, reach, 0)
             g = jax.lax.pad(g, jnp.zeros((), g.dtype), padding)
-            length = self._positions[axis] + reach
             shifted = [
-                jax.lax.slice_in_dim(g, reach - k * step, reach - k * step + length, axis=3 + axis)
+                jax.lax.slice_in_dim(g, reach - k * step, reach - k * step + length, axis=place)
                 for k in range(taps)
             ]
-            a, c = self._patches(x, whole=axis), jnp.concatenate(shifted, axis=-1)
-            return gradients(self._in_blocks(a), self._in_blocks(c), self._precision)
+            a = unfolded(self._windows, x, self._blocks, whole=axis)
+            c = jnp.concatenate(shifted, axis=-1)
+            return self._products(a, c)
 
         def place(total: jax.Array) -> jax.Array:
             rest = [size for index, size in enumerate(self._taps) if index != axis]
@@ -142,12 +164,12 @@ class Conv:
             [x, g],
             scale,
             chunk_bytes=chunk_bytes,
-            extra_bytes=float(x.dtype.itemsize * used),
+            unfolded_bytes=float(x.dtype.itemsize * used),
             name=f"Split {axis}",
         )
 
     def _fused(self, x: jax.Array, g: jax.Array, scale: float, device: Platform) -> list[Way]:
-        is_folded = self._inner < _FEW_CHANNELS and math.prod(self._taps) > 1
+        is_folded = self._inner < _FEW_CHANNELS and self._num_taps > 1
         return fused(
             self._geometry(x, is_folded),
             x,
@@ -160,19 +182,11 @@ class Conv:
         )
 
     def _geometry(self, x: jax.Array, is_folded: bool = False) -> Geometry:
-        windows = tuple(
-            Window(pixels, positions, taps, stride, dilation, low, interior + 1)
-            for pixels, positions, taps, stride, dilation, (low, _, interior) in zip(
-                *(self._pixels, self._positions, self._taps, self._strides, self._dilations),
-                self._padding,
-                strict=True,
-            )
-        )
         return Geometry(
             x.shape[0],
             self._blocks,
-            x.shape[1] * x.shape[2],
-            windows,
+            self._images(x),
+            self._windows,
             self._inner,
             self._outer,
             blocks_first=False,
@@ -205,13 +219,11 @@ class Conv:
         def rows(x: jax.Array, g: jax.Array) -> jax.Array:
             g = g.reshape(*g.shape[:-1], self._blocks, self._outer).astype(jnp.float32)
             summed = tuple(range(1, g.ndim - 2))
-            return jnp.stack(
-                [
-                    jnp.sum(part[..., None].astype(jnp.float32) * g, axis=summed)
-                    for part in self._shifted(self._padded(x))
-                ],
-                axis=1,
-            )
+            made = [
+                jnp.sum(part[..., None].astype(jnp.float32) * g, axis=summed)
+                for part in met(self._windows, padded(self._windows, x))
+            ]
+            return jnp.stack(made, axis=1)
 
         return direct(
             sizes,
@@ -220,41 +232,39 @@ class Conv:
             [x, g],
             scale,
             chunk_bytes=chunk_bytes,
-            extra_bytes=2.0 * x.size * x.dtype.itemsize,
+            unfolded_bytes=2.0 * x.nbytes,
         )
 
     def _gram(self, x: jax.Array, g: jax.Array, scale: float) -> Way:
         def make() -> tuple[jax.Array, jax.Array]:
-            return self._in_blocks(self._patches(x)), self._in_blocks(g)
+            return self._in_blocks(unfolded(self._windows, x, self._blocks)), self._in_blocks(g)
 
-        patch_bytes = self._patch_bytes(x)
+        patch_bytes = unfolded_bytes(self._windows, x)
         operand_bytes = (patch_bytes or x.nbytes) + g.nbytes
         return by_gram(self._sizes(x), make, scale, self._precision, operand_bytes, patch_bytes)
 
     def _pixel_gram(self, x: jax.Array, g: jax.Array, scale: float) -> Way:
         """Gram without patches: their inner products are sums of those of pixels."""
-        images = x.shape[1] * x.shape[2]
+        images = self._images(x)
         sizes = self._sizes(x)
-        padded = [
-            low + high + size + (size - 1) * interior
-            for size, (low, high, interior) in zip(self._pixels, self._padding, strict=True)
-        ]
-        pixels = images * math.prod(padded)
-        taps = math.prod(self._taps)
-        first, second = 3, 4 + len(padded)
+        spans = [window.span for window in self._windows]
+        pixels = images * math.prod(spans)
+        taps = self._num_taps
+        first, second = 3, 4 + len(spans)
 
         def run() -> Squares:
             mean = jnp.mean(x, axis=tuple(range(1, x.ndim - 1)), keepdims=True, dtype=jnp.float32)
             # Padded before the mean is taken off: it is that of all patches then.
-            inputs = centred(self._padded(x), mean)
+            inputs = centred(padded(self._windows, x), mean)
             blocks = self._in_blocks(inputs)
             of_pixels = gram(blocks, self._precision)
-            of_pixels = of_pixels.reshape(*of_pixels.shape[:2], *(images, *padded) * 2)
-            of_patches = _sum_of(self._shifted(of_pixels, starts=(first, second)))
+            sizes_of_images = (images, *inputs.shape[-1 - len(spans) : -1])
+            of_pixels = of_pixels.reshape(*of_pixels.shape[:2], *sizes_of_images * 2)
+            of_patches = _sum_of(met(self._windows, of_pixels, starts=(first, second)))
             mean = self._in_blocks(mean)[:, :, 0]
             along_mean = along(blocks, mean)
-            along_mean = along_mean.reshape(*along_mean.shape[:2], images, *padded)
-            along_mean = _sum_of(self._shifted(along_mean, starts=(first,)))
+            along_mean = along_mean.reshape(*along_mean.shape[:2], *sizes_of_images)
+            along_mean = _sum_of(met(self._windows, along_mean, starts=(first,)))
             c, rest = without_underflow(self._in_blocks(g), scale)
             of_results = gram(c, self._precision)
             squares = paired(
@@ -268,46 +278,12 @@ class Conv:
 
         blocks = sizes.groups * sizes.blocks
         flops = 2.0 * blocks * (pixels**2 * self._inner + sizes.uses**2 * (sizes.outer + taps))
-        moved = 8.0 * blocks * (pixels**2 + 2 * sizes.uses**2)
+        shifted = 8.0 * blocks * (pixels**2 + 2 * sizes.uses**2)
         reread = GRAM_PASSES * (x.nbytes + g.nbytes)
-        return Way("Pixel-Gram", 0.0, flops, moved, run, reread=reread)
-
-    def _padded(self, x: jax.Array) -> jax.Array:
-        padding = [(0, 0, 0)] * 3 + self._padding + [(0, 0, 0)]
-        return jax.lax.pad(x, jnp.zeros((), x.dtype), padding)
-
-    def _shifted(
-        self, x: jax.Array, starts: Sequence[int] = (3,), whole: int | None = None
-    ) -> list[jax.Array]:
-        """For each tap, the pixels that it meets; `whole` is an axis that is not cut."""
-        cuts = []
-        for axis, (taps, stride, step, positions) in enumerate(
-            zip(self._taps, self._strides, self._dilations, self._positions, strict=True)
-        ):
-            length = (positions - 1) * stride + 1
-            if axis == whole:
-                taps, length = 1, positions + (taps - 1) * step
-            cuts.append([(k * step, k * step + length, stride) for k in range(taps)])
-        parts = []
-        for chosen in itertools.product(*cuts):
-            limits = [(0, size, 1) for size in x.shape]
-            for start in starts:
-                limits[start : start + len(chosen)] = chosen
-            parts.append(jax.lax.slice(x, *zip(*limits, strict=True)))
-        return parts
-
-    def _patches(self, x: jax.Array, whole: int | None = None) -> jax.Array:
-        """`[G, b, R, *positions, taps * channels]`, the channels in blocks on the outside."""
-        parts = self._shifted(self._padded(x), whole=whole)
-        if len(parts) == 1:
-            return parts[0]
-        if self._blocks == 1:
-            return jnp.concatenate(parts, axis=-1)
-        parts = [part.reshape(*part.shape[:-1], self._blocks, self._inner) for part in parts]
-        return jnp.concatenate(parts, axis=-1).reshape(*parts[0].shape[:-2], -1)
+        return Way("Pixel-Gram", 0.0, flops, 0.0, run, reread=reread, unfolded=shifted)
 
     def _in_blocks(self, x: jax.Array) -> jax.Array:
-        """`[G, b, R, *positions, blocks * width]` to `[G, blocks, uses, width]`."""
+        """`[G, ..., *positions, blocks * width]` to `[G, blocks, uses, width]`."""
         x = x.reshape(x.shape[0], math.prod(x.shape[1:-1]), self._blocks, -1)
         return x.swapaxes(1, 2)
 
@@ -332,7 +308,12 @@ def _sum_of(parts: Sequence[jax.Array]) -> jax.Array:
     return functools.reduce(jnp.add, parts)
 
 
-def _channels_last(x: jax.Array, spec: Sequence[int]) -> jax.Array:
-    """`[G, b, *axes]` to `[G, b, R, *positions, channels]`: R shares the axis of the batch."""
+def _canonical(x: jax.Array, spec: Sequence[int]) -> jax.Array:
+    """`[G, b, *axes]` to `[G, *positions, channels]`, or `[G, images, *positions, channels]`.
+
+    The images are the examples of a group, and what shares their axis.
+    """
     batch, channels, *positions = spec
-    return x.transpose([0, 1, *(axis + 2 for axis in (batch, *positions, channels))])
+    x = x.transpose([0, 1, *(axis + 2 for axis in (batch, *positions, channels))])
+    images = math.prod(x.shape[1:3])
+    return x.reshape(len(x), *([images] if images > 1 else []), *x.shape[3:])

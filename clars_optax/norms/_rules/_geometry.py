@@ -34,6 +34,17 @@ class Window:
         """Whether position and pixel are the same."""
         return self == Window(self.pixels, self.pixels, 1)
 
+    @property
+    def span(self) -> int:
+        """Pixels from the first that some tap meets to the last one, in an image padded for it."""
+        return (self.positions - 1) * self.stride + (self.taps - 1) * self.dilation + 1
+
+    @property
+    def margins(self) -> tuple[int, int, int]:
+        """What to add before the image, behind it and between its pixels, as `jax.lax.pad` does."""
+        held = (self.pixels - 1) * self.spread + 1
+        return self.padding, self.span - self.padding - held, self.spread - 1
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -92,16 +103,14 @@ class Geometry:
 
 def padded(geometry: Geometry, x: jax.Array) -> tuple[Geometry, jax.Array]:
     """The image with its padding and holes as zeros, so that each use finds its pixels there."""
-    windows, padding = [], []
-    for window in geometry.windows:
-        size = (window.positions - 1) * window.stride + (window.taps - 1) * window.dilation + 1
-        held = (window.pixels - 1) * window.spread + 1
-        padding.append((window.padding, size - window.padding - held, window.spread - 1))
-        windows.append(replace(window, pixels=size, padding=0, spread=1))
+    windows = tuple(
+        replace(window, pixels=window.span, padding=0, spread=1) for window in geometry.windows
+    )
     pixels = [window.pixels for window in geometry.windows]
     x = x.reshape(-1, *pixels, geometry.blocks * geometry.inner)
-    x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *padding, (0, 0, 0)])
-    return replace(geometry, windows=tuple(windows)), x
+    margins = [window.margins for window in geometry.windows]
+    x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *margins, (0, 0, 0)])
+    return replace(geometry, windows=windows), x
 
 
 def row_offsets(geometry: Geometry, rows: jax.Array) -> jax.Array:

@@ -176,7 +176,7 @@ def direct(
     scale: float,
     *,
     chunk_bytes: int,
-    extra_bytes: float = 0.0,
+    unfolded_bytes: float = 0.0,
     name: str = "Direct",
 ) -> Way:
     """Direct, a chunk of the groups at a time.
@@ -188,10 +188,10 @@ def direct(
       arrays: what `rows` needs, with the groups on the first axis.
       scale: a factor for the gradients of which the norms are wanted.
       chunk_bytes: how much may be made at a time.
-      extra_bytes: what `rows` writes besides the gradients, for all groups.
+      unfolded_bytes: the patches that `rows` makes, for all groups.
       name: of the way.
     """
-    made_bytes = sizes.rows_bytes + extra_bytes
+    made_bytes = sizes.rows_bytes + unfolded_bytes
     num_chunks = min(sizes.groups, math.ceil(made_bytes / chunk_bytes))
     size = math.ceil(sizes.groups / num_chunks)
 
@@ -219,11 +219,19 @@ def direct(
             found.append(squares)
         return Squares(jnp.concatenate(found), place(total))
 
-    moved = 3 * sizes.rows_bytes + 2 * extra_bytes
     # A loop copies what a step of it takes.
     reread = 2.0 * sum(x.nbytes for x in arrays) if num_chunks > 1 else 0.0
     flops = sizes.gradient_flops
-    return Way(name, flops, 0.0, moved, run, saved=flops, reread=reread)
+    return Way(
+        name,
+        flops,
+        0.0,
+        3 * sizes.rows_bytes,
+        run,
+        saved=flops,
+        reread=reread,
+        unfolded=2 * unfolded_bytes,
+    )
 
 
 def by_gram(
@@ -232,7 +240,7 @@ def by_gram(
     scale: float,
     precision: Any,
     operand_bytes: float,
-    extra_bytes: float = 0.0,
+    unfolded_bytes: float = 0.0,
 ) -> Way:
     """Gram.
 
@@ -242,7 +250,7 @@ def by_gram(
       scale: a factor for the gradients of which the norms are wanted.
       precision: that of the products.
       operand_bytes: the size of `a` and `g`.
-      extra_bytes: what `make` writes.
+      unfolded_bytes: the patches that `make` makes.
     """
 
     def run() -> Squares:
@@ -257,6 +265,12 @@ def by_gram(
         squares = paired(gram(a, precision), gram(g, precision), along(a, mean), mean_square, g)
         return Squares(squares * rest**2, None)
 
-    moved = 4 * sizes.pairs_bytes + 2 * extra_bytes
-    reread = GRAM_PASSES * operand_bytes if sizes.uses > 1 else 0.0
-    return Way("Gram", 0.0, sizes.pairs_flops, moved, run, reread=reread)
+    return Way(
+        "Gram",
+        0.0,
+        sizes.pairs_flops,
+        4 * sizes.pairs_bytes,
+        run,
+        reread=GRAM_PASSES * operand_bytes if sizes.uses > 1 else 0.0,
+        unfolded=2 * unfolded_bytes,
+    )

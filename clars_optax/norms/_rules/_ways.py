@@ -33,6 +33,8 @@ class Way:
       saved: operations of the ordinary weight gradient, where that is a by-product.
       reread: bytes of the operands and of copies of them, as often as they are read or written
         besides.
+      unfolded: bytes of patches, and of what else is put together from shifted copies, as often as
+        they are read or written.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Way:
     run: Callable[[], Squares]
     saved: float = 0.0
     reread: float = 0.0
+    unfolded: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,10 @@ class Platform:
       small_factor: how many times longer an operation takes in a small product.
       chunk_bytes: about how many bytes of single gradients to make at a time.
       reread_factor: how much of another byte moved one counts that was just read or written.
+      unfold_factor: how much such a byte of patches counts.
       kernel_factor: how many times longer an operation takes in the kernels.
       cache_factor: how many bytes a cache moves while memory moves one.
+      makes_all: whether the norms of all examples cost no more than those of some.
       kernels: whether the kernels can be run: not at all, on a GPU, or in Pallas's interpreter.
     """
 
@@ -62,8 +67,10 @@ class Platform:
     small_factor: float
     chunk_bytes: int
     reread_factor: float = 0.0
+    unfold_factor: float = 1.0
     kernel_factor: float = 1.0
     cache_factor: float = 1.0
+    makes_all: bool = False
     kernels: Literal["none", "compiled", "interpreted"] = "none"
 
 
@@ -75,10 +82,11 @@ def cost(way: Way, device: Platform, *, needs_gradient: bool) -> float:
       device: what the program will run on.
       needs_gradient: whether a gradient that comes as a by-product is of use.
     """
+    moved = way.moved + device.reread_factor * way.reread + device.unfold_factor * way.unfolded
     return (
         way.flops
         + device.small_factor * way.small_flops
-        + device.flops_per_byte * (way.moved + device.reread_factor * way.reread)
+        + device.flops_per_byte * moved
         - (way.saved if needs_gradient else 0.0)
     )
 

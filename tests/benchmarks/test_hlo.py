@@ -1,14 +1,8 @@
-import functools
-
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental import topologies
 
-from benchmarks import gpu_plan
-from benchmarks.hlo import Kernel, kernels_of
-from clars_optax.norms._rules import _depthwise, _kernel
-from clars_optax.norms._rules._geometry import Geometry, Window
+from benchmarks.hlo import Kernel, cycles_of, kernels_of
 
 # As XLA writes it, shortened.
 HLO = """
@@ -73,7 +67,7 @@ def test_kernels_and_what_they_move():
     ("text", "message"),
     [
         ("", "must be that of a compiled program"),
-        (HLO.replace("known", ""), "of unknown length"),
+        (HLO.replace("known", ""), "loop is a loop of unknown length"),
         (HLO.replace(" while(", " conditional("), r"loop \(conditional\) moves is not known"),
     ],
 )
@@ -88,62 +82,48 @@ def test_reads_what_xla_writes():
     assert sum(kernel.total_bytes for kernel in kernels_of(compiled.as_text())) == 2 * x.nbytes
 
 
-def test_without_the_compiler_it_says_what_to_install(monkeypatch):
-    def missing(*args, **options):
-        raise NotImplementedError
+# As XLA writes it for a TPU, shortened.
+TPU = """
+HloModule jit_f, is_scheduled=true
 
-    monkeypatch.setattr(topologies, "get_topology_desc", missing)
-    with pytest.raises(SystemExit, match=r"pip install \"jax\[cuda12\]\""):
-        gpu_plan.main(["--models", "mlp"])
+%body (arg: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %arg = (s32[]{:T(128)}, f32[8]{0:T(256)}) parameter(0)
+  %index = s32[]{:T(128)} get-tuple-element(%arg), index=0
+  %x = f32[8]{0:T(256)} get-tuple-element(%arg), index=1
+  %fusion = f32[8]{0:T(256)} fusion(%x), kind=kLoop, calls=%some, backend_config={"flag_configs":[],"estimated_cycles":"30"}
+  ROOT %tuple = (s32[]{:T(128)}, f32[8]{0:T(256)}) tuple(%index, %fusion)
+}
 
+%condition (arg.1: (s32[], f32[8])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(5)
+  %arg.1 = (s32[]{:T(128)}, f32[8]{0:T(256)}) parameter(0)
+  %index.1 = s32[]{:T(128)} get-tuple-element(%arg.1), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%index.1, %limit), direction=LT
+}
 
-@pytest.fixture(scope="module")
-def h100():
-    return gpu_plan.gpu()
-
-
-@pytest.mark.cuda
-def test_table(capsys):
-    gpu_plan.main(["--models", "mlp", "--batch-size", "64"])
-    machine, *_, plain, exact = capsys.readouterr().out.splitlines()
-    assert machine.endswith("compiled for NVIDIA H100 80GB HBM3")
-    assert "**mlp**, N=64 | plain" in plain
-    memory, traffic, _ = (float(cell) for cell in exact.split("|")[3:-1])
-    assert 0.5 < memory < 1.5
-    assert 1 <= traffic < 1.5
-
-
-@pytest.mark.cuda
-def test_traffic_is_counted(h100):
-    x = jax.ShapeDtypeStruct((1000, 1000), jnp.float32)
-    plan = gpu_plan.plan_of(lambda x: jnp.sin(x) * 2, (x,), h100)
-    assert (plan.moved_bytes, plan.num_kernels) == (8_000_000, 1)
+ENTRY %main (start: (s32[], f32[8])) -> f32[8] {
+  %start = (s32[]{:T(128)}, f32[8]{0:T(256)}) parameter(0)
+  %while = (s32[]{:T(128)}, f32[8]{0:T(256)}) while(%start), condition=%condition, body=%body
+  %y = f32[8]{0:T(256)} get-tuple-element(%while), index=1
+  %copy-start = (f32[8]{0:T(256)S(1)}, f32[8]{0:T(256)}, u32[]{:S(2)}) copy-start(%y)
+  %copy-done = f32[8]{0:T(256)S(1)} copy-done(%copy-start)
+  ROOT %fusion.1 = f32[8]{0:T(256)} fusion(%copy-done), kind=kLoop, calls=%other, backend_config={"estimated_cycles":"7"}
+}
+"""  # noqa: E501
 
 
-WINDOW = Window(14, 14, 3, padding=1)
-CONV = Geometry(32, 1, 1, (WINDOW, WINDOW), 128, 128, blocks_first=False)
-DEPTHWISE = Geometry(32, 96, 1, (WINDOW, WINDOW), 1, 1, blocks_first=False)
-COLOURS = Geometry(32, 1, 1, (WINDOW, WINDOW), 3, 32, blocks_first=False, folded=True)
+def test_cycles():
+    assert cycles_of(TPU) == 5 * 30 + 7
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("geometry", [CONV, COLOURS, DEPTHWISE])
-def test_kernels_become_machine_code(h100, geometry, dtype):
-    x, g = (
-        jax.ShapeDtypeStruct((32, 14, 14, geometry.blocks * width), dtype)
-        for width in (geometry.inner, geometry.outer)
-    )
-    gradients = 4 * geometry.entries
-    if geometry is DEPTHWISE:
-        kernel = _depthwise.gradients_of_groups
-        written = _depthwise.Cuts.of(geometry).parts * geometry.groups * gradients
-    else:
-        kernel = functools.partial(_kernel.weight_gradient_and_squares, scale=1.0, precision=None)
-        tiles = _kernel.Tiles.of(geometry, x.dtype.itemsize)
-        written = tiles.parts * gradients + 4 * tiles.number * geometry.groups
-    plan = gpu_plan.plan_of(functools.partial(kernel, geometry, interpret=False), (x, g), h100)
-    read = (x.size + g.size) * x.dtype.itemsize
-    # The image of few channels is padded first; sums of programs are written, and read again.
-    read += 3 * x.size * x.dtype.itemsize * geometry.folded
-    assert plan.moved_bytes <= read + 3 * written
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (TPU.replace("constant(5)", "parameter(1)"), "while is a loop of unknown length"),
+        (TPU.replace("direction=LT", "direction=NE"), "while is a loop of unknown length"),
+        (TPU.replace(" while(", " conditional("), "branch of while runs is not known"),
+    ],
+)
+def test_cycles_that_are_not_known(text, message):
+    with pytest.raises(ValueError, match=message):
+        cycles_of(text)

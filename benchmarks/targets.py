@@ -1,0 +1,185 @@
+"""Devices to compile for on a machine that has none of them, and what the compiler says then."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import jax
+from jax.experimental import topologies
+from jax.experimental.layout import Format, Layout
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from benchmarks.hlo import cycles_of, kernels_of
+from clars_optax.norms._rules import _fused
+
+# From XLA's `xla/tools/hlo_opt/gpu_specs`, with the versions that are current.
+_H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 84929347584
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 7 }
+runtime_version { major: 12 minor: 9 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+# What the TPU's compiler would otherwise ask the machine for, or lock.
+_TPU_ENVIRONMENT = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+# With fewer of them, an image is laid out otherwise.
+_CHANNELS = 16
+
+Plan = dict[str, float]
+"""What a program would do: by column of the table, bytes or numbers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """A kind of device to compile for.
+
+    Attributes:
+        backend: what JAX calls its platform.
+        package: what has the compiler.
+        topology: gives the devices.
+        options: for the compiler.
+        read: what there is to say of a compiled program.
+        price: what of it is the price.
+        image_layout: the axes of images as convolutions leave them, the outermost first, where that
+            is not their order.
+    """
+
+    backend: str
+    package: str
+    topology: Callable[[], Any]
+    options: dict[str, Any]
+    read: Callable[[Any], Plan]
+    price: str
+    image_layout: tuple[int, ...] | None = None
+
+    def devices(self) -> list[Any]:
+        """The devices, as many as hang together.
+
+        Raises:
+            RuntimeError: the compiler is not installed.
+        """
+        # The plugins ask for a device unless JAX is told to do without.
+        jax.config.update("jax_platforms", "cpu")
+        try:
+            return list(self.topology().devices)
+        except (NotImplementedError, RuntimeError) as error:
+            raise RuntimeError(
+                f'This needs JAX\'s compiler, though no device: pip install "{self.package}" '
+                f"({error})"
+            ) from error
+
+    @contextmanager
+    def pretended(self) -> Iterator[None]:
+        """Lets the library choose its ways for such a device; its kernels cannot be tried out."""
+        with (
+            mock.patch.object(jax, "default_backend", return_value=self.backend),
+            mock.patch.object(jax, "device_count", return_value=1),
+            mock.patch.object(_fused, "is_right", return_value=True),
+        ):
+            yield
+
+
+def plan_of(
+    function: Callable[..., Any], args: Sequence[Any], target: Target, *, is_image: bool = False
+) -> Plan:
+    """Compiles a function for one device.
+
+    Args:
+        function: takes the arguments.
+        args: arrays, or types of arrays.
+        target: the kind of device.
+        is_image: whether arguments of four axes are images `[N, H, W, C]`, to be laid out as the
+            target's own convolutions leave them.
+    """
+    mesh = Mesh(target.devices()[:1], ("device",))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def placed(x: Any) -> Any:
+        where: Any = everywhere
+        if is_image and target.image_layout and x.ndim == 4 and x.shape[-1] >= _CHANNELS:
+            where = Format(Layout(target.image_layout), everywhere)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    types = jax.tree.map(placed, args)
+    with target.pretended(), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        compiled = jax.jit(function).lower(*types).compile(compiler_options=target.options)
+    return target.read(compiled)
+
+
+def _read_gpu(compiled: Any) -> Plan:
+    kernels = kernels_of(str(compiled.as_text()))
+    return {
+        "memory": compiled.memory_analysis().temp_size_in_bytes,
+        "traffic": sum(kernel.total_bytes for kernel in kernels),
+        "kernels": sum(kernel.times for kernel in kernels),
+    }
+
+
+def _read_tpu(compiled: Any) -> Plan:
+    return {
+        "memory": compiled.memory_analysis().temp_size_in_bytes,
+        "cycles": cycles_of(str(compiled.as_text())),
+    }
+
+
+def _gpu() -> Any:
+    return topologies.get_topology_desc(
+        "h100", platform="cuda", target_config=_H100, topology="1x1x1"
+    )
+
+
+def _tpu(name: str) -> Any:
+    for variable, value in _TPU_ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    return topologies.get_topology_desc(name, platform="tpu")
+
+
+def _tpu_target(topology: str) -> Target:
+    devices = functools.partial(_tpu, topology)
+    return Target("tpu", "jax[tpu]", devices, {}, _read_tpu, "cycles", image_layout=(1, 2, 0, 3))
+
+
+TARGETS: dict[str, Target] = {
+    "h100": Target(
+        "gpu",
+        "jax[cuda12]",
+        _gpu,
+        # Where there is no GPU to try them on, XLA cannot choose among its products and cuBLAS's.
+        {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0},
+        _read_gpu,
+        "traffic",
+    ),
+    "v5e": _tpu_target("v5e:2x2"),
+    "v6e": _tpu_target("v6e:2x2"),
+}
+"""By name, the kinds of devices."""

@@ -1,0 +1,80 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+
+from benchmarks import plan
+from benchmarks.targets import TARGETS, plan_of
+from clars_optax.norms._rules import _depthwise, _kernel
+from clars_optax.norms._rules._geometry import Geometry, Window
+
+
+@pytest.mark.parametrize(("device", "extra"), [("h100", "cuda12"), ("v5e", "tpu")])
+def test_without_the_compiler_it_says_what_to_install(monkeypatch, device, extra):
+    def missing(*args, **options):
+        raise NotImplementedError
+
+    monkeypatch.setattr(topologies, "get_topology_desc", missing)
+    with pytest.raises(SystemExit, match=rf"pip install \"jax\[{extra}\]\""):
+        plan.main(["--models", "mlp", "--device", device])
+
+
+@pytest.mark.cuda
+def test_table(capsys):
+    plan.main(["--models", "mlp", "--batch-size", "64"])
+    machine, *_, of_plain, of_exact = capsys.readouterr().out.splitlines()
+    assert machine.endswith("compiled for NVIDIA H100 80GB HBM3")
+    assert "**mlp**, N=64 | plain" in of_plain
+    memory, traffic, _ = (float(cell) for cell in of_exact.split("|")[3:-1])
+    assert 0.5 < memory < 1.5
+    assert 1 <= traffic < 1.5
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize(("device", "name"), [("v5e", "TPU v5 lite"), ("v6e", "TPU v6 lite")])
+def test_table_for_a_tpu(capsys, device, name):
+    plan.main(["--device", device, "--models", "mlp", "--batch-size", "512"])
+    machine, *_, of_plain, of_exact = capsys.readouterr().out.splitlines()
+    assert machine.endswith(f"compiled for {name}")
+    assert "**mlp**, N=512 | plain" in of_plain
+    _, cycles = (float(cell) for cell in of_exact.split("|")[3:-1])
+    assert 1 <= cycles < 1.5
+
+
+@pytest.mark.cuda
+def test_traffic_is_counted():
+    x = jax.ShapeDtypeStruct((1000, 1000), jnp.float32)
+    planned = plan_of(lambda x: jnp.sin(x) * 2, (x,), TARGETS["h100"])
+    assert (planned["traffic"], planned["kernels"]) == (8_000_000, 1)
+
+
+WINDOW = Window(14, 14, 3, padding=1)
+CONV = Geometry(32, 1, 1, (WINDOW, WINDOW), 128, 128, blocks_first=False)
+DEPTHWISE = Geometry(32, 96, 1, (WINDOW, WINDOW), 1, 1, blocks_first=False)
+COLOURS = Geometry(32, 1, 1, (WINDOW, WINDOW), 3, 32, blocks_first=False, folded=True)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("geometry", [CONV, COLOURS, DEPTHWISE])
+def test_kernels_become_machine_code(geometry, dtype):
+    x, g = (
+        jax.ShapeDtypeStruct((32, 14, 14, geometry.blocks * width), dtype)
+        for width in (geometry.inner, geometry.outer)
+    )
+    gradients = 4 * geometry.entries
+    if geometry is DEPTHWISE:
+        kernel = _depthwise.gradients_of_groups
+        written = _depthwise.Cuts.of(geometry).parts * geometry.groups * gradients
+    else:
+        kernel = functools.partial(_kernel.weight_gradient_and_squares, scale=1.0, precision=None)
+        tiles = _kernel.Tiles.of(geometry, x.dtype.itemsize)
+        written = tiles.parts * gradients + 4 * tiles.number * geometry.groups
+    run = functools.partial(kernel, geometry, interpret=False)
+    planned = plan_of(run, (x, g), TARGETS["h100"])
+    read = (x.size + g.size) * x.dtype.itemsize
+    # The image of few channels is padded first; sums of programs are written, and read again.
+    read += 3 * x.size * x.dtype.itemsize * geometry.folded
+    assert planned["traffic"] <= read + 3 * written
