@@ -85,8 +85,8 @@ def value_and_grad_and_norms(
       num_norm_examples: Norms of the first so many examples only, a multiple of `group_size`; the
         value and the gradient are still those of all. None: of all. 0: of none, which leaves plain
         gradient accumulation. Inside `pmap` it counts per device. On a GPU whose kernels find the
-        norms, those of some examples cost as much as those of all: there, take all norms of some
-        micro-batches.
+        norms, and on a TPU, those of some examples cost as much as those of all: there, take all
+        norms of some micro-batches.
       microbatch_size: Number of examples m that are worked on at a time, a multiple of `group_size`
         that divides the number of examples. None: all at once. BatchNorm statistics, and so the
         :math:`g_i`, are then those of the micro-batches. The results are those of the whole batch:
