@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for variant in options.variants:
             print(f"{name}: {variant} ...", file=sys.stderr, flush=True)
             plan = plan_of(VARIANTS[variant](problem), problem.args, target)
-            lines.append(("", variant, *(f"{plan[key] / base[key]:.2f}" for key in base)))
+            lines.append(("", variant, *(_ratio(plan[key], base[key]) for key in base)))
     print(f"{machine(with_load=False)}; compiled for {device.device_kind}\n")
     print(table(("model", "variant", *base), lines))
 
@@ -48,6 +48,11 @@ def cells(plan: Plan) -> list[str]:
     """Writes numbers with their units."""
     forms = [(number, *_FORMATS[key]) for key, number in plan.items()]
     return [form.format(number / unit) for number, form, unit in forms]
+
+
+def _ratio(number: float, base: float) -> str:
+    # Of a small program, all that is temporary may fit on the chip.
+    return f"{number / base:.2f}" if base else ""
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
