@@ -68,17 +68,27 @@ class Leaf:
         (parameter,) = self.use.shadowed
         return self.use.operation.arguments[parameter].shape
 
+    @property
+    def types(self) -> tuple[list[jax.ShapeDtypeStruct], jax.ShapeDtypeStruct]:
+        """Those of arguments and cotangent."""
+
+        def type_of(value: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(value.shape, value.aval.dtype)
+
+        operation = self.use.operation
+        return [type_of(value) for value in operation.arguments], type_of(operation.outputs[0])
+
     def arrays(self) -> tuple[list[jax.Array], jax.Array]:
         """Draws arguments and cotangent."""
         rng = np.random.default_rng(0)
 
-        def draw(value: Any) -> jax.Array:
-            if jnp.issubdtype(value.aval.dtype, jnp.floating):
-                return jnp.asarray(rng.standard_normal(value.shape, np.float32), value.aval.dtype)
-            return jnp.zeros(value.shape, value.aval.dtype)
+        def draw(of: jax.ShapeDtypeStruct) -> jax.Array:
+            if jnp.issubdtype(of.dtype, jnp.floating):
+                return jnp.asarray(rng.standard_normal(of.shape, np.float32), of.dtype)
+            return jnp.zeros(of.shape, of.dtype)
 
-        operation = self.use.operation
-        return [draw(value) for value in operation.arguments], draw(operation.outputs[0])
+        arguments, cotangent = self.types
+        return [draw(of) for of in arguments], draw(cotangent)
 
     def ways(self, arguments: Sequence[jax.Array], cotangent: jax.Array) -> list[Way]:
         """The ways that the engine chooses from."""
@@ -155,7 +165,7 @@ def measure(leaf: Leaf, num_rounds: int) -> Measured:
         compiled.run(arrays)
         return compiled
 
-    chosen, tried = _tried(leaf, arrays, compiled_of)
+    chosen, tried = _tried(leaf, compiled_of)
     compiled = {name: found for name, found in tried.items() if isinstance(found, Compiled)}
     seconds: dict[str, list[float]] = {name: [] for name in compiled}
     # A single run on an accelerator may take less time than it takes to send it there.
@@ -170,22 +180,20 @@ def measure(leaf: Leaf, num_rounds: int) -> Measured:
 
 def estimate(leaf: Leaf, target: Target) -> Measured:
     """What the compiler for a device that is not there says of them."""
-    arrays = leaf.arrays()
-    types = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
 
     def price(function: Callable[..., Any]) -> float:
-        plan = plan_of(function, types, target, is_image=leaf.is_image)
+        plan = plan_of(function, leaf.types, target, is_image=leaf.is_image)
         return float(plan[target.price])
 
     with target.pretended():
-        chosen, ways = _tried(leaf, arrays, price)
+        chosen, ways = _tried(leaf, price)
     gradient = ways.pop("")
     assert isinstance(gradient, float)
     return Measured(chosen, gradient, ways)
 
 
 def _tried(
-    leaf: Leaf, arrays: Any, find: Callable[[Callable[..., Any]], _Found | str]
+    leaf: Leaf, find: Callable[[Callable[..., Any]], _Found | str]
 ) -> tuple[str, dict[str, _Found | str]]:
     """The name of the way chosen, and what is found of each way, and of the gradient alone."""
     ways: list[Way] = []
@@ -193,7 +201,7 @@ def _tried(
     def keep(*arrays: Any) -> None:
         ways.extend(leaf.ways(*arrays))
 
-    jax.eval_shape(keep, *arrays)
+    jax.eval_shape(keep, *leaf.types)
     device = platform()
     costs = {way.name: cost(way, device, needs_gradient=False) for way in ways}
     found = {"": find(leaf.gradient)}
@@ -217,10 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         unit, title = _MILLISECONDS, f"{machine()}; medians of {options.rounds} rounds"
         price = functools.partial(measure, num_rounds=options.rounds)
     else:
-        try:
-            (device, *_) = target.devices()
-        except RuntimeError as error:
-            sys.exit(str(error))
+        (device, *_) = target.devices_or_exit()
         unit = f"million {target.price}"
         title = f"{machine(with_load=False)}; compiled for {device.device_kind}, {unit}"
         price = functools.partial(estimate, target=target)

@@ -101,10 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     options = _parse(arguments)
     target = TARGETS.get(options.device)
-    try:
-        num_devices = len(target.devices()) if target else 1
-    except RuntimeError as error:
-        sys.exit(str(error))
+    num_devices = len(target.devices_or_exit()) if target else 1
     size = options.microbatch_size
     config = dataclasses.replace(
         CONFIGS[options.config], image_size=options.image_size, microbatch_size=size

@@ -25,10 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line."""
     options = _parse(arguments)
     target = TARGETS[options.device]
-    try:
-        (device, *_) = target.devices()
-    except RuntimeError as error:
-        sys.exit(str(error))
+    (device, *_) = target.devices_or_exit()
     lines: list[tuple[str, ...]] = []
     base: Plan = {}
     for name in options.models:

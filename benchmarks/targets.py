@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -97,6 +98,13 @@ class Target:
                 f'This needs JAX\'s compiler, though no device: pip install "{self.package}" '
                 f"({error})"
             ) from error
+
+    def devices_or_exit(self) -> list[Any]:
+        """The devices, for a command, which ends with the error's message where there are none."""
+        try:
+            return self.devices()
+        except RuntimeError as error:
+            sys.exit(str(error))
 
     @contextmanager
     def pretended(self) -> Iterator[None]:
