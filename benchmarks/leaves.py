@@ -92,9 +92,7 @@ class Leaf:
 
     def ways(self, arguments: Sequence[jax.Array], cotangent: jax.Array) -> list[Way]:
         """The ways that the engine chooses from."""
-        x, g = self.use.for_rule(arguments, cotangent)
-        rows = self.rows
-        return self.rule.ways(rows.grouped(x), rows.grouped(g), rows.scale, platform())
+        return self.use.ways(self.rule, arguments, cotangent, self.rows, platform())
 
     def gradient(self, arguments: Sequence[jax.Array], cotangent: jax.Array) -> jax.Array:
         """The weight gradient alone."""

@@ -24,8 +24,8 @@ import jax.numpy as jnp
 from clars_optax.norms._layout import Layout, examples_first
 from clars_optax.norms._program import Operation
 from clars_optax.norms._rows import Rows
-from clars_optax.norms._rules import Rule, cheapest, platform
-from clars_optax.norms._rules._products import sum_of_rows
+from clars_optax.norms._rules import Platform, Rule, Way, cheapest, platform
+from clars_optax.norms._rules._products import kept, sum_of_rows
 
 
 def fan_out(parameter: jax.Array, tap: jax.Array, rows: Rows) -> jax.Array:
@@ -192,6 +192,18 @@ class Use:
             examples_first(cotangent, self.output_layouts[0]),
         )
 
+    def ways(
+        self,
+        rule: Rule,
+        arguments: Sequence[Any],
+        cotangent: jax.Array,
+        rows: Rows,
+        device: Platform,
+    ) -> list[Way]:
+        """The ways of a rule to the squared norms."""
+        x, g = self.for_rule(arguments, cotangent)
+        return rule.ways(rows.grouped(x), rows.grouped(g), rows.scale, device)
+
     def gather(self, index: int, argument: Any, cotangents: jax.Array, rows: Rows) -> Any:
         """The cotangent of an argument from those of its entries per row."""
         layout = self.layouts[index]
@@ -219,7 +231,9 @@ def meet(use: Use, shadows: Sequence[jax.Array], arguments: Sequence[Any], rows:
         active = use.pull(arguments, cotangents, use.active)
         layouts = use.differentiable(use.output_layouts)
         cut = [rows.cut(x, layout) for x, layout in zip(cotangents, layouts, strict=True)]
-        return use.placed(use.pull_rows(arguments, cut, use.shadowed, rows), active)
+        pulled = use.pull_rows(arguments, cut, use.shadowed, rows)
+        (largest, *_) = sorted(cotangents, key=lambda x: -x.size)
+        return use.placed([kept(x, largest) for x in pulled], active)
 
     run = jax.custom_vjp(lambda *args: forward(*args)[0])
     run.defvjp(forward, backward)
@@ -237,12 +251,12 @@ def claimed(
         return use.operation.apply(*arguments), arguments
 
     def backward(arguments: list[Any], cotangents: list[Any]) -> tuple[jax.Array, list[Any]]:
-        x, g = use.for_rule(arguments, cotangents[0])
         device = platform()
-        ways = rule.ways(rows.grouped(x), rows.grouped(g), rows.scale, device)
+        ways = use.ways(rule, arguments, cotangents[0], rows, device)
         way = cheapest(ways, device, needs_gradient=not rows.has_rest)
         squares, gradient = way.run()
         if gradient is None or rows.has_rest:
+            x, g = use.for_rule(arguments, cotangents[0])
             gradient = rule.gradient(x[:, None], g[:, None])
         wanted = use.active if gradient is not None else (parameter, *use.active)
         pulled = dict(zip(wanted, use.pull(arguments, cotangents, wanted), strict=True))

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 
 from clars_optax.norms import _arguments
 from clars_optax.norms._interpreter import run
+from clars_optax.norms._kernels import try_kernels
 from clars_optax.norms._meshes import explicit_mesh, specs, with_automatic_axes
 from clars_optax.norms._microbatches import Result, accumulate, find_aux_axes
 from clars_optax.norms._nested import Entry
@@ -298,6 +299,7 @@ def _one_batch(
         by_example=plan.is_split,
     )
     trace_groups(plan, loss_fn, params, batch, rows)
+    try_kernels(plan, rows)
     fanned_out = plan.fanned_out
     params = [
         differentiated_once(param, path) if path in fanned_out else param

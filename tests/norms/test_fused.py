@@ -6,6 +6,7 @@
 import dataclasses
 import functools
 import itertools
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
 import clars_optax
-from clars_optax.norms import _taps, _transform
+from clars_optax.norms import _kernels, _taps, _transform
 from clars_optax.norms._rules import (
     Platform,
     _depthwise,
@@ -121,11 +122,11 @@ def test_depthwise_kernels_of_many_channels_taps_and_uses(monkeypatch, multiproc
     monkeypatch.setattr(_depthwise, "MULTIPROCESSORS", multiprocessors)
     # More than a program has, and none of its shares full.
     window = Window(70, 34, 3, stride=2, dilation=2, padding=1)
-    geometry = Geometry(3, 18, 1, (window, Window(6, 6, 5, padding=2)), 1, 2, False)
+    geometry = Geometry(3, 35, 1, (window, Window(6, 6, 5, padding=2)), 1, 2, False)
     cuts = _depthwise.Cuts.of(geometry)
     assert (cuts.channel_runs, cuts.tap_runs, cuts.parts) == (2, 2, parts)
     rng = np.random.default_rng(0)
-    x, g = (rng.normal(size=(3, *s)) for s in ((70, 6, 18), (34, 6, 36)))
+    x, g = (rng.normal(size=(3, *s)) for s in ((70, 6, 35), (34, 6, 70)))
     padded = np.pad(x, ((0, 0), (1, 3), (2, 2), (0, 0))).repeat(2, axis=-1)
     expected = [
         np.sum(padded[:, 2 * i : 2 * i + 68 : 2, j : j + 6] * g, axis=(1, 2))
@@ -425,7 +426,7 @@ PRODUCTS = [
     (_trial.try_products, 16, 32, 64, False, False, "bfloat16", None),
     (_trial.try_products, 32, 16, 16, True, True, "bfloat16", None),
 ]
-DEPTHWISE = (_trial.try_depthwise, 9, "bfloat16")
+DEPTHWISE = (_trial.try_depthwise, 32, 9, "bfloat16")
 
 
 @pytest.mark.parametrize("kind", [*PRODUCTS, DEPTHWISE])
@@ -460,6 +461,26 @@ def test_trial_has_the_kernel_in_question():
 def test_trial_finds_what_is_wrong(trial, kind, change):
     trial(change)
     assert "in bfloat16 are wrong" in _trial._error_of(*kind)
+
+
+def test_kernels_of_a_program_are_tried_side_by_side_before_it_is_traced(monkeypatch, problem):
+    for module in (_kernels, _taps):
+        monkeypatch.setattr(
+            module, "platform", lambda: dataclasses.replace(INTERPRETED, kernels="compiled")
+        )
+    tried = {True: [], False: []}
+
+    def error_of(*kind):
+        tried[threading.current_thread() is threading.main_thread()].append(kind)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_trial, "_error_of", error_of)
+        jax.make_jaxpr(clars_optax.value_and_grad_and_norms(network))(*problem)
+    before, meanwhile = tried[False], tried[True]
+    assert {trial for trial, *_ in before} == {_trial.try_products, _trial.try_depthwise}
+    assert len(before) == len(set(before))
+    # Those inside of a loop and of `jax.checkpoint` are among them.
+    assert set(meanwhile) == set(before)
 
 
 def test_where_it_does_not_run_that_is_said_once(trial):

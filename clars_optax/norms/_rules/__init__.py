@@ -14,9 +14,20 @@ from clars_optax.norms._rules._dense import Dense
 from clars_optax.norms._rules._elementwise import Elementwise
 from clars_optax.norms._rules._embedding import Embedding, is_lookup
 from clars_optax.norms._rules._platforms import platform
+from clars_optax.norms._rules._trial import all_at_once
 from clars_optax.norms._rules._ways import Platform, Squares, Way, cheapest, cost
 
-__all__ = ["Platform", "Rule", "Squares", "Way", "cheapest", "cost", "find_rule", "platform"]
+__all__ = [
+    "Platform",
+    "Rule",
+    "Squares",
+    "Way",
+    "all_at_once",
+    "cheapest",
+    "cost",
+    "find_rule",
+    "platform",
+]
 
 
 class Rule(Protocol):

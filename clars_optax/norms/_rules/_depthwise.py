@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from clars_optax.norms._rules._geometry import Geometry, starts
 from clars_optax.norms._rules._kernel import MULTIPROCESSORS, like
 
-# Channels and uses of a program at a time, eight of their products for a thread: whole sectors of
-# memory.
-_CHANNELS = 32
-_USES = 32
+# Products of channels and uses for a program at a time, eight for a thread.
+_PRODUCTS = 1024
+# Channels of a program, if there are as many: a whole line of memory in two bytes each.
+_CHANNELS = 64
 # Their sums, beside operands and offsets, leave registers for several programs.
 _TAPS = 9
 # That many to a multiprocessor hide each other's waiting.
@@ -31,6 +31,8 @@ class Cuts:
     """How the work is cut.
 
     Attributes:
+      channels: those of a program.
+      uses: uses of the weights that a program multiplies at a time.
       taps: entries of the kernel, for a program.
       channel_runs: programs side by side, for all channels.
       tap_runs: likewise, for all taps.
@@ -38,6 +40,8 @@ class Cuts:
       steps: how often a program multiplies so many uses.
     """
 
+    channels: int
+    uses: int
     taps: int
     channel_runs: int
     tap_runs: int
@@ -48,13 +52,15 @@ class Cuts:
     def of(cls, geometry: Geometry) -> "Cuts":
         """Chooses sizes."""
         num_channels = geometry.blocks * geometry.outer
+        channels = _CHANNELS if num_channels > _CHANNELS // 2 else _CHANNELS // 2
+        uses = _PRODUCTS // channels
         taps = min(geometry.taps, _TAPS)
-        channel_runs = math.ceil(num_channels / _CHANNELS)
+        channel_runs = math.ceil(num_channels / channels)
         tap_runs = math.ceil(geometry.taps / taps)
-        steps = math.ceil(geometry.uses / _USES)
+        steps = math.ceil(geometry.uses / uses)
         programs = geometry.groups * channel_runs * tap_runs
         parts = min(steps, math.ceil(_PROGRAMS * MULTIPROCESSORS / programs))
-        return cls(taps, channel_runs, tap_runs, parts, math.ceil(steps / parts))
+        return cls(channels, uses, taps, channel_runs, tap_runs, parts, math.ceil(steps / parts))
 
 
 def gradients_of_groups(
@@ -83,13 +89,13 @@ def gradients_of_groups(
         rest, channel_run = jnp.divmod(pl.program_id(0), cuts.channel_runs)
         rest, tap_run = jnp.divmod(rest, cuts.tap_runs)
         part, group = jnp.divmod(rest, geometry.groups)
-        channels = channel_run * _CHANNELS + jnp.arange(_CHANNELS, dtype=jnp.int32)
+        channels = channel_run * cuts.channels + jnp.arange(cuts.channels, dtype=jnp.int32)
         is_channel = channels < num_channels
         taps = [tap_run * cuts.taps + index for index in range(cuts.taps)]
 
         def add(index: jax.Array, sums: list[jax.Array]) -> list[jax.Array]:
             step = part * cuts.steps + index
-            uses = step * _USES + jnp.arange(_USES, dtype=jnp.int32)
+            uses = step * cuts.uses + jnp.arange(cuts.uses, dtype=jnp.int32)
             _, g_starts, _ = starts(geometry, group, 0, 0, uses)
             c = triton.load(
                 g_ref.at[g_starts[:, None] + channels[None, :]],
@@ -107,7 +113,7 @@ def gradients_of_groups(
                 added.append(total + a.astype(jnp.float32) * c)
             return added
 
-        zeros = jnp.zeros((_USES, _CHANNELS), jnp.float32)
+        zeros = jnp.zeros((cuts.uses, cuts.channels), jnp.float32)
         sums = jax.lax.fori_loop(0, cuts.steps, add, [zeros] * cuts.taps)
         for tap, total in zip(taps, sums, strict=True):
             stored = ((part * geometry.groups + group) * geometry.taps + tap) * num_channels
@@ -122,7 +128,7 @@ def gradients_of_groups(
         out_shape=like(x, [(math.prod(shape),)]),
         grid=(cuts.parts * geometry.groups * cuts.tap_runs * cuts.channel_runs,),
         interpret=interpret,
-        compiler_params=triton.CompilerParams(num_warps=_USES * _CHANNELS // 256, num_stages=2),
+        compiler_params=triton.CompilerParams(num_warps=_PRODUCTS // 256, num_stages=2),
         name="depthwise_gradients",
     )
     (sums,) = call(x.reshape(-1), g.reshape(-1))

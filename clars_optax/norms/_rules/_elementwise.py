@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from clars_optax.norms._rules._products import squared, sum_of_rows
+from clars_optax.norms._rules._products import kept, squared, sum_of_rows
 from clars_optax.norms._rules._ways import Platform, Squares, Way
 
 
@@ -31,7 +31,7 @@ class Elementwise:
         del device
 
         def run() -> Squares:
-            rows = self._rows(x, g)
+            rows = kept(self._rows(x, g), g)
             gradient = sum_of_rows(rows) * self._sign
             return Squares(squared(rows * scale), gradient.reshape(self._shape))
 

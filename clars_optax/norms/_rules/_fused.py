@@ -70,15 +70,18 @@ def fused(
     run = _guarded(kernel, direct, interpret)
     uses = 1.0 * geometry.groups * tiles.steps * tiles.uses
     loaded = x.dtype.itemsize * uses * tiles.number * (tiles.rows + tiles.columns)
-    # Products go on while operands are loaded.
+    # Products go on while operands are loaded, and both while memory gives them; the ordinary
+    # weight gradient waits for memory as well.
+    read = device.flops_per_byte * (images.size * x.dtype.itemsize + g.nbytes)
     flops = max(
         device.kernel_factor * 2 * uses * tiles.entries,
         device.flops_per_byte * loaded / device.cache_factor,
+        read,
     )
     written = 4.0 * (tiles.parts * geometry.entries + geometry.groups * tiles.number)
     if geometry.folded:
         written += images.size * x.dtype.itemsize
-    saved = 2.0 * geometry.groups * geometry.uses * geometry.entries
+    saved = max(2.0 * geometry.groups * geometry.uses * geometry.entries, read)
     return [Way("Fused", flops, 0.0, 2 * written, lambda: run(x, g), saved=saved)]
 
 
@@ -109,7 +112,7 @@ def fused_depthwise(
     if not _fits(x, g, cuts.parts * geometry.groups * geometry.entries):
         return []
     interpret = device.kernels == "interpreted"
-    if not (interpret or is_right(try_depthwise, cuts.taps, x.dtype.name)):
+    if not (interpret or is_right(try_depthwise, cuts.channels, cuts.taps, x.dtype.name)):
         return []
 
     def kernel(x: jax.Array, g: jax.Array) -> Squares:

@@ -57,7 +57,7 @@ class Tiles:
         """Chooses sizes for arrays of `itemsize` bytes an entry."""
         # What a tile loads for an operation falls with its sides; one for an operand's 32 others.
         rows, columns = (_side(size, 128, 32) for size in (geometry.rows, geometry.outer))
-        uses = _side(geometry.uses, 128 // itemsize, 8)
+        uses = _side(geometry.uses, 128 // itemsize, 32)
         row_tiles = math.ceil(geometry.rows / rows)
         column_tiles = math.ceil(geometry.outer / columns)
         number = geometry.matrices * row_tiles * column_tiles
@@ -180,7 +180,7 @@ def weight_gradient_and_squares(
         compiler_params=triton.CompilerParams(
             # Four warps of a Hopper GPU share a product of 64 rows.
             num_warps=tiles.rows // 16 if tiles.rows >= 64 else max(1, tiles.columns // 32),
-            num_stages=3,
+            num_stages=4,
         ),
         name="weight_gradient_and_norms",
     )

@@ -4,7 +4,9 @@ import concurrent.futures
 import functools
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -31,13 +33,39 @@ def can_run() -> bool:
     return jax.device_count() == 1 or jax.sharding.get_abstract_mesh().are_all_axes_manual
 
 
+@contextmanager
+def all_at_once() -> Iterator[None]:
+    """Tries the kinds that are asked for inside when it ends, and keeps what is found.
+
+    Each takes a second or two to compile, and a network has some twenty.
+    """
+    kinds: dict[tuple[Any, ...], None] = {}
+    before = _asked.set(kinds)
+    try:
+        yield
+    finally:
+        _asked.reset(before)
+    if kinds:
+        with concurrent.futures.ThreadPoolExecutor(len(kinds)) as pool:
+            list(pool.map(lambda kind: _error_of(*kind), kinds))
+
+
+_asked: ContextVar[dict[tuple[Any, ...], None] | None] = ContextVar("kinds", default=None)
+
+
 def is_right(trial: Callable[..., None], *kind: Any) -> bool:
     """Tries a kind of kernel on the GPU; where it fails, warns that XLA does its work, but once.
+
+    Inside of `all_at_once` it is not known yet.
 
     Args:
       trial: `try_products` or `try_depthwise`.
       *kind: its arguments.
     """
+    asked = _asked.get()
+    if asked is not None:
+        asked[trial, *kind] = None
+        return True
     error = _error_of(trial, *kind)
     if error is not None:
         _warn_once(error)
@@ -131,18 +159,19 @@ def geometry_of(rows: int, columns: int, uses: int, is_one_step: bool, is_folded
     )
 
 
-def try_depthwise(taps: int, dtype: str) -> None:
+def try_depthwise(channels: int, taps: int, dtype: str) -> None:
     """Tries `gradients_of_groups`.
 
     Args:
+      channels: those of a program.
       taps: entries of the kernel, for a program.
       dtype: that of the arrays.
 
     Raises:
       RuntimeError: NumPy finds something else.
     """
-    # More than a program takes at a time.
-    positions, channels = 67, 40
+    # More uses than a program takes at a time, and not all of its channels.
+    positions, channels = 67, channels - 8
     window = Window(2 * positions + taps - 3, positions, taps, stride=2, padding=1)
     geometry = Geometry(_NUM_GROUPS, channels, 1, (window,), 1, 1, blocks_first=False)
     x, g = _draw((window.pixels, channels), (positions, channels))
