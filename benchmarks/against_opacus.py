@@ -193,8 +193,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         warnings.simplefilter("ignore")
         for library, runs in (("JAX", ours), ("PyTorch", torch_runs(shape))):
             for name, run in itertools.islice(runs.items(), 1, None):
-                print(f"{library}: {name} ...", file=sys.stderr, flush=True)
+                print(f"{library}: {name} ...", end=" ", file=sys.stderr, flush=True)
                 pairs = time_pairs(runs["plain"], run, options.pairs)
+                print(f"{pairs.ratio:.2f}", file=sys.stderr, flush=True)
                 low, high = pairs.interval
                 times = [f"{1e3 * float(np.median(s)):.1f} ms" for s in (pairs.base, pairs.other)]
                 lines.append((library, name, *times, f"{pairs.ratio:.2f}", f"{low:.2f}-{high:.2f}"))

@@ -15,7 +15,7 @@ import numpy as np
 
 from benchmarks.memory import NUM_TRAIN
 from benchmarks.report import machine, table
-from benchmarks.timing import time_pairs
+from benchmarks.timing import Pairs
 from train.body import Batch
 from train.build import image_shape_of, network_of, training_of
 from train.config import Config
@@ -25,6 +25,7 @@ from train.step import shard
 from train.validation import validate
 
 BASE = "lars"
+AGAIN = "lars, again"
 
 
 class Steps:
@@ -60,7 +61,7 @@ class Steps:
         return time.perf_counter() - start
 
 
-def configs_of(config: Config, num_norm_examples: int) -> dict[str, Config]:
+def configs_of(config: Config, norm_examples: Sequence[int]) -> dict[str, Config]:
     """Makes the options of the steps that are compared, from those that they have in common."""
 
     def plain(optimizer: Literal["lars", "clars"]) -> Config:
@@ -75,10 +76,10 @@ def configs_of(config: Config, num_norm_examples: int) -> dict[str, Config]:
     clars = plain("clars")
     return {
         BASE: plain("lars"),
-        "clars, all norms": clars,
-        f"clars, {num_norm_examples:,} norms": dataclasses.replace(
-            clars, num_norm_examples=num_norm_examples
-        ),
+        **{
+            f"clars, {number:,} norms": dataclasses.replace(clars, num_norm_examples=number)
+            for number in norm_examples
+        },
     }
 
 
@@ -92,21 +93,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
         microbatch_size=options.microbatch_size,
         transfer_size=options.transfer_size,
     )
-    configs = configs_of(config, options.num_norm_examples)
+    numbers = options.num_norm_examples or [config.batch_size, max(1, config.batch_size // 32)]
+    configs = configs_of(config, numbers)
     for other in configs.values():
         validate(other, dataset_of(other.dataset, other.data_dir), len(jax.devices()))
-    base = Steps(configs[BASE])
-    lines = []
+    steps: dict[str, Steps] = {}
     for name, other in configs.items():
         print(f"{name} ...", file=sys.stderr, flush=True)
-        steps = base if name == BASE else Steps(other)
-        pairs = time_pairs(base.run, steps.run, options.pairs)
+        steps[name] = Steps(other)
+        steps[name].run()
+    steps[AGAIN] = steps[BASE]
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for index in range(options.rounds):
+        for name in list(steps)[:: -1 if index % 2 else 1]:
+            seconds[name].append(steps[name].run())
+        latest = ", ".join(f"{name}: {times[-1]:.3f} s" for name, times in seconds.items())
+        print(f"round {index + 1}: {latest}", file=sys.stderr, flush=True)
+    lines = []
+    for name, times in seconds.items():
+        pairs = Pairs(seconds[BASE], times)
         low, high = pairs.interval
-        speed = config.batch_size / float(np.median(pairs.other))
-        lines.append((name, f"{speed:,.0f}", f"{pairs.ratio:.2f}", f"{low:.2f}-{high:.2f}"))
+        ratio = ("", "") if name == BASE else (f"{pairs.ratio:.3f}", f"{low:.3f}-{high:.3f}")
+        lines.append((name, f"{config.batch_size / float(np.median(times)):,.0f}", *ratio))
     print(
         f"{machine()}; {options.config}, {options.batch_size:,} images a step, "
-        f"{options.microbatch_size:,} at a time; medians of {options.pairs} pairs\n"
+        f"{options.microbatch_size:,} at a time; medians of {options.rounds} rounds\n"
     )
     print(table(("step", "images/s", "time", "5-95 %"), lines))
 
@@ -125,8 +136,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     number("--batch-size", 1024, "images per step")
     number("--microbatch-size", 128, "images that go through the network at a time")
     number("--transfer-size", None, "images that come to the devices at a time")
-    number("--num-norm-examples", 32, "of each step")
-    number("--pairs", 10, "steps of each")
+    number("--rounds", 10, "steps of each")
+    parser.add_argument(
+        "--num-norm-examples",
+        type=int,
+        nargs="+",
+        metavar="K",
+        help="of each step, for a row each; default: all, and a part in 32",
+    )
     return parser.parse_args(arguments)
 
 

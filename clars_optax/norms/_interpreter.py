@@ -80,7 +80,8 @@ def run(plan: Plan, entering: Sequence[Entry], rows: Rows) -> list[Entry]:
             outputs = claimed(use, claim.rule, taps[claim.param], arguments, rows)
         elif operation in plan.meeting:
             use = plan.use(operation)
-            outputs = meet(use, shadows_of(use), arguments, rows)
+            rule = None if rows.by_example else plan.rule_of_rows(operation)
+            outputs = meet(use, rule, shadows_of(use), arguments, rows)
         else:
             outputs = operation.apply(*arguments)
         if operation in plan.carrying and not plan.is_claimed(operation.arguments[0]):

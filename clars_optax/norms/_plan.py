@@ -24,7 +24,7 @@ from clars_optax.norms._obstacles import (
     is_additive,
 )
 from clars_optax.norms._program import Operation, Program, Value
-from clars_optax.norms._rules import Rule, find_rule
+from clars_optax.norms._rules import Elementwise, Rule, find_rule
 from clars_optax.norms._separate import has_same_numbers, is_linear, keeps_examples_apart
 from clars_optax.norms._taps import Use
 
@@ -326,6 +326,12 @@ class Plan:
     def is_claimed(self, value: Value) -> bool:
         """Whether a value is a parameter that a rule has claimed, or a view of it."""
         return value in self._claimed
+
+    def rule_of_rows(self, operation: Operation) -> Elementwise | None:
+        """Where a value with a shadow is added to the batch or multiplied with it: makes rows."""
+        (position, *_) = (i for i, x in enumerate(operation.operands) if self.has_shadow(x))
+        rule = self._rule(operation, position)
+        return rule if isinstance(rule, Elementwise) else None
 
     def _rule(self, operation: Operation, position: int) -> Rule | None:
         if not self.scope.with_rules or operation not in self.meeting:

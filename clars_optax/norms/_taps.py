@@ -24,8 +24,8 @@ import jax.numpy as jnp
 from clars_optax.norms._layout import Layout, examples_first
 from clars_optax.norms._program import Operation
 from clars_optax.norms._rows import Rows
-from clars_optax.norms._rules import Platform, Rule, Way, cheapest, platform
-from clars_optax.norms._rules._products import kept, sum_of_rows
+from clars_optax.norms._rules import Elementwise, Platform, Rule, Way, cheapest, platform
+from clars_optax.norms._rules._products import sum_of_rows
 
 
 def fan_out(parameter: jax.Array, tap: jax.Array, rows: Rows) -> jax.Array:
@@ -204,6 +204,20 @@ class Use:
         x, g = self.for_rule(arguments, cotangent)
         return rule.ways(rows.grouped(x), rows.grouped(g), rows.scale, device)
 
+    def rows_by_rule(
+        self, rule: Elementwise, arguments: Sequence[Any], cotangent: jax.Array, rows: Rows
+    ) -> jax.Array:
+        """The cotangent of the only shadow."""
+        (parameter,) = self.shadowed
+        device = platform()
+        x, g = self.for_rule(arguments, cotangent)
+        found = rule.rows(rows.grouped(x), rows.grouped(g), device)
+        if rows.has_rest:
+            x, g = (y[None, rows.num_norm_examples :] for y in (x, g))
+            rest = rule.rows(x, g, device)
+            found = jnp.concatenate([found, rest])
+        return found.astype(arguments[parameter].dtype)
+
     def gather(self, index: int, argument: Any, cotangents: jax.Array, rows: Rows) -> Any:
         """The cotangent of an argument from those of its entries per row."""
         layout = self.layouts[index]
@@ -218,8 +232,22 @@ class Use:
         return list(shadowed), [places.get(i) for i in range(len(self.operation.arguments))]
 
 
-def meet(use: Use, shadows: Sequence[jax.Array], arguments: Sequence[Any], rows: Rows) -> list[Any]:
-    """An operation in which values with shadows meet the batch: the operation itself, forward."""
+def meet(
+    use: Use,
+    rule: Elementwise | None,
+    shadows: Sequence[jax.Array],
+    arguments: Sequence[Any],
+    rows: Rows,
+) -> list[Any]:
+    """An operation in which values with shadows meet the batch: the operation itself, forward.
+
+    Args:
+      use: the operation.
+      rule: makes the rows of a sum or a product; None where the operation's derivative does.
+      shadows: those of the values.
+      arguments: of the operation.
+      rows: what they are of.
+    """
 
     def forward(shadows: Sequence[jax.Array], arguments: Sequence[Any]) -> tuple[Any, Any]:
         # The bare operation: a policy of `jax.checkpoint` must know it by its name.
@@ -229,11 +257,13 @@ def meet(use: Use, shadows: Sequence[jax.Array], arguments: Sequence[Any], rows:
     def backward(arguments: list[Any], cotangents: list[Any]) -> tuple[list[Any], list[Any]]:
         cotangents = use.differentiable(cotangents)
         active = use.pull(arguments, cotangents, use.active)
-        layouts = use.differentiable(use.output_layouts)
-        cut = [rows.cut(x, layout) for x, layout in zip(cotangents, layouts, strict=True)]
-        pulled = use.pull_rows(arguments, cut, use.shadowed, rows)
-        (largest, *_) = sorted(cotangents, key=lambda x: -x.size)
-        return use.placed([kept(x, largest) for x in pulled], active)
+        if rule is not None:
+            pulled = [use.rows_by_rule(rule, arguments, cotangents[0], rows)]
+        else:
+            layouts = use.differentiable(use.output_layouts)
+            cut = [rows.cut(x, layout) for x, layout in zip(cotangents, layouts, strict=True)]
+            pulled = use.pull_rows(arguments, cut, use.shadowed, rows)
+        return use.placed(pulled, active)
 
     run = jax.custom_vjp(lambda *args: forward(*args)[0])
     run.defvjp(forward, backward)

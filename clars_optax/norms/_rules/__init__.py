@@ -18,6 +18,7 @@ from clars_optax.norms._rules._trial import all_at_once
 from clars_optax.norms._rules._ways import Platform, Squares, Way, cheapest, cost
 
 __all__ = [
+    "Elementwise",
     "Platform",
     "Rule",
     "Squares",

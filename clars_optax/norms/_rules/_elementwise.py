@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from clars_optax.norms._rules._products import kept, squared, sum_of_rows
+from clars_optax.norms._rules._products import squared, sum_of_rows
 from clars_optax.norms._rules._ways import Platform, Squares, Way
 
 
@@ -28,12 +28,10 @@ class Elementwise:
 
     def ways(self, x: jax.Array, g: jax.Array, scale: float, device: Platform) -> list[Way]:
         """The only way to the squared norms, Direct, from arrays `[G, b, *axes]`."""
-        del device
 
         def run() -> Squares:
-            rows = kept(self._rows(x, g), g)
-            gradient = sum_of_rows(rows) * self._sign
-            return Squares(squared(rows * scale), gradient.reshape(self._shape))
+            rows = self.rows(x, g, device)
+            return Squares(squared(rows * scale), sum_of_rows(rows))
 
         moved = float(g.size * g.dtype.itemsize)
         return [Way("Direct", 2.0 * g.size, 0.0, moved, run, saved=2.0 * g.size)]
@@ -41,18 +39,27 @@ class Elementwise:
     def gradient(self, x: jax.Array, g: jax.Array) -> None:
         """None: the operation's own derivative is as good."""
 
-    def _rows(self, x: jax.Array, g: jax.Array) -> jax.Array:
+    def rows(self, x: jax.Array, g: jax.Array, device: Platform) -> jax.Array:
+        """The gradients of the groups, float32 `[G, *shape]`, from arrays `[G, b, *axes]`."""
+        rows = self._rows(x, g, device)
+        if rows.size < g.size:
+            # They are read twice, for their squares and for their sum. XLA would make the sum of
+            # the sums one sum, and read all cotangents once more for it.
+            rows = jax.lax.optimization_barrier(rows)
+        return (rows * self._sign).reshape(-1, *self._shape)
+
+    def _rows(self, x: jax.Array, g: jax.Array, device: Platform) -> jax.Array:
         """The gradients of the groups, up to their sign: float32 `[G, size]`."""
         x, g = x.astype(jnp.float32), g.astype(jnp.float32)
         kept = [axis for axis in range(2, g.ndim) if axis not in self._summed]
         width = math.prod(self._shape)
+        positions = g.shape[: g.ndim - len(kept)]
+        is_trailing = kept == list(range(len(positions), g.ndim))
         if not self._is_product:
-            return jnp.sum(g, axis=(1, *self._summed)).reshape(-1, width)
-        is_trailing = kept == list(range(g.ndim - len(kept), g.ndim))
-        if width > 1 and is_trailing and all(x.shape[axis] == 1 for axis in kept):
+            terms = g
+        elif width > 1 and is_trailing and all(x.shape[axis] == 1 for axis in kept):
             # One number for each position, as in LayerNorm's scale: products of matrices and
             # vectors, which XLA's CPU backend does many times faster than sums of products.
-            positions = g.shape[: g.ndim - len(kept)]
             factors = jnp.broadcast_to(x.reshape(x.shape[: len(positions)]), positions)
             return jax.lax.dot_general(
                 factors.reshape(g.shape[0], -1),
@@ -60,4 +67,23 @@ class Elementwise:
                 (((1,), (1,)), ((0,), (0,))),
                 precision=jax.lax.Precision.HIGHEST,
             )
-        return jnp.sum(x * g, axis=(1, *self._summed)).reshape(-1, width)
+        else:
+            terms = x * g
+        num_parts = _num_parts(g.shape[0], math.prod(positions[1:])) if is_trailing else 1
+        if device.splits_sums and num_parts > 1:
+            parts = jnp.sum(terms.reshape(g.shape[0] * num_parts, -1, width), axis=1)
+            parts = jax.lax.optimization_barrier(parts)
+            return jnp.sum(parts.reshape(-1, num_parts, width), axis=1)
+        return jnp.sum(terms, axis=(1, *self._summed)).reshape(-1, width)
+
+
+def _num_parts(num_groups: int, num_positions: int) -> int:
+    """How many sums to make of each group's that are added up then.
+
+    XLA's GPU backend makes a long sum of as many as the greatest power of two below the square root
+    of its length. Only sums that are cut alike share a kernel, and the batch's own sums, those of
+    BatchNorm's derivative, are as long as those of all groups.
+    """
+    number = 2 ** int(math.log2(math.sqrt(num_groups * num_positions)))
+    num_parts = max(1, number // num_groups)
+    return num_parts if num_positions % num_parts == 0 else 1

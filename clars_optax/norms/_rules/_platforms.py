@@ -11,7 +11,9 @@ _PLATFORMS = {
     # Measured, two cores with AVX-512. What is made at a time stays in the cache.
     "cpu": Platform(8.0, 3.0, 2 * 2**20),
     # Fits an H200, bfloat16 (benchmarks/README.md). Few large steps keep such a device busy.
-    "gpu": Platform(120.0, 2.0, 256 * 2**20, kernel_factor=1.5, cache_factor=1.3),
+    "gpu": Platform(
+        *(120.0, 2.0, 256 * 2**20), kernel_factor=1.5, cache_factor=1.3, splits_sums=True
+    ),
     # Fits what XLA's compiler says of a v5e, bfloat16; not measured. Single gradients stay on the
     # chip, mostly; what is put together from shifted copies goes through its memory many times.
     "tpu": Platform(230.0, 2.0, 2**30, reread_factor=3.5, unfold_factor=8.0, makes_all=True),

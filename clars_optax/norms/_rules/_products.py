@@ -148,15 +148,6 @@ def squared(rows: jax.Array) -> jax.Array:
     return jnp.sum(jnp.square(rows.astype(jnp.float32)), axis=tuple(range(1, rows.ndim)))
 
 
-def kept(rows: jax.Array, cotangents: jax.Array) -> jax.Array:
-    """Rows that are used twice, for their squares and for their sum.
-
-    Where a row adds up many cotangents, XLA would make one sum over them and the rows of the sum of
-    the rows, and read all cotangents once more for it.
-    """
-    return jax.lax.optimization_barrier(rows) if rows.size < cotangents.size else rows
-
-
 def sum_of_rows(rows: jax.Array) -> jax.Array:
     """The sum over the first axis."""
     # As a product: XLA's CPU backend takes twenty times as long to add up long rows.

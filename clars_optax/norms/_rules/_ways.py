@@ -59,6 +59,7 @@ class Platform:
       unfold_factor: how much such a byte of patches counts.
       kernel_factor: how many times longer an operation takes in the kernels.
       cache_factor: how many bytes a cache moves while memory moves one.
+      splits_sums: whether XLA cuts long sums in parts.
       makes_all: whether the norms of all examples cost no more than those of some.
       kernels: whether the kernels can be run: not at all, on a GPU, or in Pallas's interpreter.
     """
@@ -70,6 +71,7 @@ class Platform:
     unfold_factor: float = 1.0
     kernel_factor: float = 1.0
     cache_factor: float = 1.0
+    splits_sums: bool = False
     makes_all: bool = False
     kernels: Literal["none", "compiled", "interpreted"] = "none"
 
