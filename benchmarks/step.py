@@ -99,9 +99,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         validate(other, dataset_of(other.dataset, other.data_dir), len(jax.devices()))
     steps: dict[str, Steps] = {}
     for name, other in configs.items():
-        print(f"{name} ...", file=sys.stderr, flush=True)
+        print(f"{name} ...", end=" ", file=sys.stderr, flush=True)
         steps[name] = Steps(other)
-        steps[name].run()
+        print(f"{steps[name].run():.0f} s to compile", file=sys.stderr, flush=True)
     steps[AGAIN] = steps[BASE]
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(options.rounds):

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from clars_optax.norms._rules import Platform, Way, _conv, cheapest, find_rule
+from clars_optax.norms._rules import Platform, Way, _conv, _elementwise, cheapest, find_rule
 from clars_optax.norms._rules._ways import Squares
 
 SCALE = 3.0
-DEVICE = Platform(1.0, 1.0, chunk_bytes=2**20, kernels="interpreted")
+DEVICE = Platform(1.0, 1.0, chunk_bytes=2**20, splits_sums=True, kernels="interpreted")
 DENSE = {"dimension_numbers": (((2,), (0,)), ((), ())), "precision": None}
 
 
@@ -199,6 +199,7 @@ def test_products(formula, w_shape, x_shape, position, group_size, chunk_bytes):
         ((1, 5), (6, 5)),
         ((1, 3, 4), (6, 3, 4)),
         ((1, 1, 4), (6, 3, 4)),
+        ((1, 1, 4), (6, 48, 4)),  # of some groups, too many positions for one sum
         ((1, 3, 1), (6, 3, 4)),
         ((1, 1, 4), (6, 3, 1)),
         ((1, 1, 4), (6, 1, 1)),
@@ -210,6 +211,14 @@ def test_biases_and_scales(primitive, w_shape, x_shape, position, group_size):
     rng = np.random.default_rng(0)
     w, x = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in (w_shape, x_shape))
     check(primitive, w, x, position, group_size, 2**20)
+
+
+@pytest.mark.parametrize(
+    ("num_positions", "size"), [(196, 392), (784, 784), (3136, 1568), (12_544, 3136)]
+)
+def test_sums_are_cut_as_xla_cuts_those_of_a_batch(num_positions, size):
+    # As found in ResNet-50 compiled for an H200, 256 examples; two of the smallest make one sum.
+    assert num_positions // _elementwise.num_parts(256, num_positions) == min(size, num_positions)
 
 
 @pytest.mark.parametrize("mode", ["fill", "clip"])

@@ -69,15 +69,15 @@ class Elementwise:
             )
         else:
             terms = x * g
-        num_parts = _num_parts(g.shape[0], math.prod(positions[1:])) if is_trailing else 1
-        if device.splits_sums and num_parts > 1:
-            parts = jnp.sum(terms.reshape(g.shape[0] * num_parts, -1, width), axis=1)
-            parts = jax.lax.optimization_barrier(parts)
-            return jnp.sum(parts.reshape(-1, num_parts, width), axis=1)
+        parts = num_parts(g.shape[0], math.prod(positions[1:])) if is_trailing else 1
+        if device.splits_sums and parts > 1:
+            sums = jnp.sum(terms.reshape(g.shape[0] * parts, -1, width), axis=1)
+            sums = jax.lax.optimization_barrier(sums)
+            return jnp.sum(sums.reshape(-1, parts, width), axis=1)
         return jnp.sum(terms, axis=(1, *self._summed)).reshape(-1, width)
 
 
-def _num_parts(num_groups: int, num_positions: int) -> int:
+def num_parts(num_groups: int, num_positions: int) -> int:
     """How many sums to make of each group's that are added up then.
 
     XLA's GPU backend makes a long sum of as many as the greatest power of two below the square root
@@ -85,5 +85,5 @@ def _num_parts(num_groups: int, num_positions: int) -> int:
     BatchNorm's derivative, are as long as those of all groups.
     """
     number = 2 ** int(math.log2(math.sqrt(num_groups * num_positions)))
-    num_parts = max(1, number // num_groups)
-    return num_parts if num_positions % num_parts == 0 else 1
+    parts = max(1, number // num_groups)
+    return parts if num_positions % parts == 0 else 1
