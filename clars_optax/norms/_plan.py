@@ -328,8 +328,8 @@ class Plan:
         return value in self._claimed
 
     def rule_of_rows(self, operation: Operation) -> Elementwise | None:
-        """Where a value with a shadow is added to the batch or multiplied with it: makes rows."""
-        (position, *_) = (i for i, x in enumerate(operation.operands) if self.has_shadow(x))
+        """What makes the rows where a value with a shadow is added to, or multiplies, the batch."""
+        position = next(i for i, x in enumerate(operation.operands) if self.has_shadow(x))
         rule = self._rule(operation, position)
         return rule if isinstance(rule, Elementwise) else None
 

@@ -207,7 +207,7 @@ class Use:
     def rows_by_rule(
         self, rule: Elementwise, arguments: Sequence[Any], cotangent: jax.Array, rows: Rows
     ) -> jax.Array:
-        """The cotangent of the only shadow."""
+        """The cotangent of the only shadow: what `pull_rows` gives, by a rule."""
         (parameter,) = self.shadowed
         device = platform()
         x, g = self.for_rule(arguments, cotangent)

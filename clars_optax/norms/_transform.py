@@ -10,7 +10,6 @@ from jax.sharding import PartitionSpec
 
 from clars_optax.norms import _arguments
 from clars_optax.norms._interpreter import run
-from clars_optax.norms._kernels import try_kernels
 from clars_optax.norms._meshes import explicit_mesh, specs, with_automatic_axes
 from clars_optax.norms._microbatches import Result, accumulate, find_aux_axes
 from clars_optax.norms._nested import Entry
@@ -19,6 +18,7 @@ from clars_optax.norms._rows import Rows
 from clars_optax.norms._rules import platform
 from clars_optax.norms._taps import differentiated_once
 from clars_optax.norms._trace import make_plan, resized, trace_groups
+from clars_optax.norms._trials import try_kernels
 
 
 def value_and_grad_and_norms(

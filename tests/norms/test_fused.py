@@ -15,7 +15,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
 import clars_optax
-from clars_optax.norms import _kernels, _taps, _transform
+from clars_optax.norms import _taps, _transform, _trials
 from clars_optax.norms._rules import (
     Platform,
     _depthwise,
@@ -427,9 +427,10 @@ PRODUCTS = [
     (_trial.try_products, 32, 16, 16, True, True, "bfloat16", None),
 ]
 DEPTHWISE = (_trial.try_depthwise, 32, 9, "bfloat16")
+WIDE_DEPTHWISE = (_trial.try_depthwise, 64, 9, "bfloat16")
 
 
-@pytest.mark.parametrize("kind", [*PRODUCTS, DEPTHWISE])
+@pytest.mark.parametrize("kind", [*PRODUCTS, DEPTHWISE, WIDE_DEPTHWISE])
 def test_trial_passes_where_the_kernel_is_right(trial, kind):
     trial()
     assert _trial._error_of(*kind) is None
@@ -450,6 +451,20 @@ def test_trial_has_the_kernel_in_question():
             assert tried.parts < geometry.groups
 
 
+@pytest.mark.parametrize("channels", [32, 64])
+@pytest.mark.parametrize("taps", [1, 5, 9])
+def test_trial_has_the_depthwise_kernel_in_question(trial, monkeypatch, taps, channels):
+    trial()
+    tried = []
+    cuts_of = _depthwise.Cuts.of
+    monkeypatch.setattr(
+        _depthwise.Cuts, "of", lambda geometry: (tried.append(cuts_of(geometry)), tried[-1])[1]
+    )
+    _trial.try_depthwise(channels, taps, "float32")
+    (cuts,) = tried
+    assert (cuts.channels, cuts.taps) == (channels, taps)
+
+
 @pytest.mark.parametrize(
     ("kind", "change"),
     [
@@ -464,7 +479,7 @@ def test_trial_finds_what_is_wrong(trial, kind, change):
 
 
 def test_kernels_of_a_program_are_tried_side_by_side_before_it_is_traced(monkeypatch, problem):
-    for module in (_kernels, _taps):
+    for module in (_taps, _trials):
         monkeypatch.setattr(
             module, "platform", lambda: dataclasses.replace(INTERPRETED, kernels="compiled")
         )

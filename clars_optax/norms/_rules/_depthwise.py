@@ -52,6 +52,7 @@ class Cuts:
     def of(cls, geometry: Geometry) -> "Cuts":
         """Chooses sizes."""
         num_channels = geometry.blocks * geometry.outer
+        # Half of a program with all of them would be empty.
         channels = _CHANNELS if num_channels > _CHANNELS // 2 else _CHANNELS // 2
         uses = _PRODUCTS // channels
         taps = min(geometry.taps, _TAPS)

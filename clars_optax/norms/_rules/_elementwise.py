@@ -72,17 +72,18 @@ class Elementwise:
         parts = num_parts(g.shape[0], math.prod(positions[1:])) if is_trailing else 1
         if device.splits_sums and parts > 1:
             sums = jnp.sum(terms.reshape(g.shape[0] * parts, -1, width), axis=1)
+            # Else they would be one sum again, cut in XLA's way.
             sums = jax.lax.optimization_barrier(sums)
             return jnp.sum(sums.reshape(-1, parts, width), axis=1)
         return jnp.sum(terms, axis=(1, *self._summed)).reshape(-1, width)
 
 
 def num_parts(num_groups: int, num_positions: int) -> int:
-    """How many sums to make of each group's that are added up then.
+    """In how many parts to add up the cotangents of a group; one if they do not come out even.
 
-    XLA's GPU backend makes a long sum of as many as the greatest power of two below the square root
-    of its length. Only sums that are cut alike share a kernel, and the batch's own sums, those of
-    BatchNorm's derivative, are as long as those of all groups.
+    XLA's GPU backend cuts a long sum in as many as the greatest power of two that is not above the
+    square root of its length. Only sums that are cut alike share a kernel, and the batch's own
+    sums, those of BatchNorm's derivative, are as long as those of all groups.
     """
     number = 2 ** int(math.log2(math.sqrt(num_groups * num_positions)))
     parts = max(1, number // num_groups)

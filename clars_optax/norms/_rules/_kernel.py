@@ -58,6 +58,7 @@ class Tiles:
         """Chooses sizes for arrays of `itemsize` bytes an entry."""
         # What a tile loads for an operation falls with its sides; one for an operand's 32 others.
         rows, columns = (_side(size, 128, 32) for size in (geometry.rows, geometry.outer))
+        # A step costs as much as 32 uses more would.
         uses = _side(geometry.uses, 128 // itemsize, 32)
         row_tiles = math.ceil(geometry.rows / rows)
         column_tiles = math.ceil(geometry.outer / columns)

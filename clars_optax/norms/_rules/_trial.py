@@ -19,6 +19,9 @@ from clars_optax.norms._rules._geometry import Geometry, Window
 # More than a kernel for products has parts here, so that its programs have several groups.
 _NUM_GROUPS = 150
 
+# Compilers at a time, most of whose work is on one core.
+_THREADS = 16
+
 
 def can_run() -> bool:
     """Whether a kernel can be run where the program that is being traced will run.
@@ -46,7 +49,7 @@ def all_at_once() -> Iterator[None]:
     finally:
         _asked.reset(before)
     if kinds:
-        with concurrent.futures.ThreadPoolExecutor(len(kinds)) as pool:
+        with concurrent.futures.ThreadPoolExecutor(min(len(kinds), _THREADS)) as pool:
             list(pool.map(lambda kind: _error_of(*kind), kinds))
 
 

@@ -26,11 +26,11 @@ class Way:
 
     Attributes:
       name: of the way, as `docs/engine.md` has it.
-      flops: floating-point operations in large products.
+      flops: floating-point operations in large products, or more where these wait for memory.
       small_flops: those in many small products.
       moved: bytes that are written to or read from memory.
       run: does it.
-      saved: operations of the ordinary weight gradient, where that is a by-product.
+      saved: likewise of the ordinary weight gradient, where that is a by-product.
       reread: bytes of the operands and of copies of them, as often as they are read or written
         besides.
       unfolded: bytes of patches, and of what else is put together from shifted copies, as often as

@@ -1,4 +1,4 @@
-"""Tries the kernels that a program may have before it is traced."""
+"""Tries the kernels that the norms of a loss may take, before its backward pass is traced."""
 
 from collections.abc import Iterator
 from typing import Any, cast
@@ -23,6 +23,7 @@ def try_kernels(plan: Plan, rows: Rows) -> None:
 
 
 def _ask(use: Use, rule: Rule, rows: Rows, device: Platform) -> None:
+    # The ways are of no use yet: what counts is which kernels they ask for.
     def find(arguments: Any, cotangent: Any) -> None:
         use.ways(rule, arguments, cotangent, rows, device)
 
