@@ -10,7 +10,7 @@ import functools
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,11 @@ from benchmarks.models import MODELS, PRESETS, Problem, problem_of
 from benchmarks.report import machine, table
 from benchmarks.targets import TARGETS, Target, plan_of
 from benchmarks.timing import Compiled
-from clars_optax.norms._plan import Plan
 from clars_optax.norms._rows import Rows
 from clars_optax.norms._rules import Rule, Way, cheapest, cost, platform
 from clars_optax.norms._taps import Use
 from clars_optax.norms._trace import make_plan
+from clars_optax.norms._trials import claims_of
 
 _Found = TypeVar("_Found")
 
@@ -68,16 +68,6 @@ class Leaf:
         (parameter,) = self.use.shadowed
         return self.use.operation.arguments[parameter].shape
 
-    @property
-    def types(self) -> tuple[list[jax.ShapeDtypeStruct], jax.ShapeDtypeStruct]:
-        """Those of arguments and cotangent."""
-
-        def type_of(value: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(value.shape, value.aval.dtype)
-
-        operation = self.use.operation
-        return [type_of(value) for value in operation.arguments], type_of(operation.outputs[0])
-
     def arrays(self) -> tuple[list[jax.Array], jax.Array]:
         """Draws arguments and cotangent."""
         rng = np.random.default_rng(0)
@@ -87,7 +77,7 @@ class Leaf:
                 return jnp.asarray(rng.standard_normal(of.shape, np.float32), of.dtype)
             return jnp.zeros(of.shape, of.dtype)
 
-        arguments, cotangent = self.types
+        arguments, cotangent = self.use.types
         return [draw(of) for of in arguments], draw(cotangent)
 
     def ways(self, arguments: Sequence[jax.Array], cotangent: jax.Array) -> list[Way]:
@@ -119,15 +109,11 @@ def leaves_of(problem: Problem) -> Iterator[Leaf]:
     def loss_fn(params: Sequence[Any], batch: Sequence[Any]) -> tuple[Any, list[Any]]:
         return problem.loss_fn(jax.tree.unflatten(treedef, params), *batch), []
 
-    def of_plan(plan: Plan) -> Iterator[Leaf]:
-        for operation, claim in plan.claims.items():
-            path = ", ".join(sorted(plan.roots[claim.param]))
-            yield Leaf(path, plan.use(operation), claim.rule, rows)
-        for nested in plan.nested.values():
-            for inner in nested.plans:
-                yield from of_plan(cast(Plan, inner))
-
-    yield from of_plan(make_plan(loss_fn, params, paths, problem.batch, with_rules=True))
+    plan = make_plan(loss_fn, params, paths, problem.batch, with_rules=True)
+    for inner, operation in claims_of(plan):
+        claim = inner.claims[operation]
+        path = ", ".join(sorted(inner.roots[claim.param]))
+        yield Leaf(path, inner.use(operation), claim.rule, rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +166,7 @@ def estimate(leaf: Leaf, target: Target) -> Measured:
     """What the compiler for a device that is not there says of them."""
 
     def price(function: Callable[..., Any]) -> float:
-        plan = plan_of(function, leaf.types, target, is_image=leaf.is_image)
+        plan = plan_of(function, leaf.use.types, target, is_image=leaf.is_image)
         return float(plan[target.price])
 
     with target.pretended():
@@ -199,7 +185,7 @@ def _tried(
     def keep(*arrays: Any) -> None:
         ways.extend(leaf.ways(*arrays))
 
-    jax.eval_shape(keep, *leaf.types)
+    jax.eval_shape(keep, *leaf.use.types)
     device = platform()
     costs = {way.name: cost(way, device, needs_gradient=False) for way in ways}
     found = {"": find(leaf.gradient)}

@@ -99,6 +99,13 @@ class Use:
     active: tuple[int, ...]
     twin: Operation | None = None
 
+    @property
+    def types(self) -> tuple[list[jax.ShapeDtypeStruct], jax.ShapeDtypeStruct]:
+        """Those of the arguments, and of the first result's cotangent."""
+        arguments = [jax.ShapeDtypeStruct(x.shape, x.aval.dtype) for x in self.operation.arguments]
+        result = self.operation.outputs[0]
+        return arguments, jax.ShapeDtypeStruct(result.shape, result.aval.dtype)
+
     def local(self, arguments: Sequence[Any], examples: int | None) -> list[Any]:
         """The differentiable results for some of the examples; None: for all of them."""
         changed: dict[str, Any] = {}

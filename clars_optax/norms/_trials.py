@@ -6,7 +6,7 @@ from typing import Any, cast
 import jax
 
 from clars_optax.norms._plan import Plan
-from clars_optax.norms._program import Value
+from clars_optax.norms._program import Operation
 from clars_optax.norms._rows import Rows
 from clars_optax.norms._rules import Platform, Rule, all_at_once, platform
 from clars_optax.norms._taps import Use
@@ -18,8 +18,8 @@ def try_kernels(plan: Plan, rows: Rows) -> None:
     if device.kernels != "compiled":
         return
     with all_at_once():
-        for use, rule in _claims_of(plan):
-            _ask(use, rule, rows, device)
+        for inner, operation in claims_of(plan):
+            _ask(inner.use(operation), inner.claims[operation].rule, rows, device)
 
 
 def _ask(use: Use, rule: Rule, rows: Rows, device: Platform) -> None:
@@ -27,18 +27,13 @@ def _ask(use: Use, rule: Rule, rows: Rows, device: Platform) -> None:
     def find(arguments: Any, cotangent: Any) -> None:
         use.ways(rule, arguments, cotangent, rows, device)
 
-    operation = use.operation
-    jax.eval_shape(find, [_type_of(x) for x in operation.arguments], _type_of(operation.outputs[0]))
+    jax.eval_shape(find, *use.types)
 
 
-def _type_of(value: Value) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(value.shape, value.aval.dtype)
-
-
-def _claims_of(plan: Plan) -> Iterator[tuple[Use, Rule]]:
-    """Of nested programs too."""
-    for operation, claim in plan.claims.items():
-        yield plan.use(operation), claim.rule
+def claims_of(plan: Plan) -> Iterator[tuple[Plan, Operation]]:
+    """The operations that have claimed a parameter, with their plans: of nested programs too."""
+    for operation in plan.claims:
+        yield plan, operation
     for nested in plan.nested.values():
         for inner in nested.plans:
-            yield from _claims_of(cast(Plan, inner))
+            yield from claims_of(cast(Plan, inner))
