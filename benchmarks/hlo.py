@@ -105,6 +105,27 @@ def cycles_of(text: str) -> int:
     return total
 
 
+def sources_of(text: str) -> dict[str, str]:
+    """Finds out what a program's instructions come from.
+
+    Args:
+        text: `compiled.as_text()`.
+
+    Returns:
+        For each instruction that says so, the path of the operation: functions, layers, primitive.
+
+    Raises:
+        ValueError: the text has no entry.
+    """
+    _, computations = _parse(text)
+    found = {
+        instruction.name: instruction.attribute(r'op_name="([^"]+)"')
+        for instructions in computations.values()
+        for instruction in instructions
+    }
+    return {name: source for name, source in found.items() if source}
+
+
 def _kernel(
     instruction: _Instruction, types: dict[str, str], computations: _Computations, times: int
 ) -> Kernel:

@@ -216,11 +216,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(title)
     for name in options.models or PRESETS[options.preset]:
         problem = problem_of(name, options.batch_size)
-        print(f"\n**{name}**, N={problem.batch_size}\n\n{_table_of(problem, price, unit)}")
+        text = _table_of(problem, options.leaves, price, unit)
+        print(f"\n**{name}**, N={problem.batch_size}\n\n{text}")
 
 
-def _table_of(problem: Problem, price: Callable[[Leaf], Measured], unit: str) -> str:
-    leaves = list(leaves_of(problem))
+def _table_of(
+    problem: Problem, parts: Sequence[str], price: Callable[[Leaf], Measured], unit: str
+) -> str:
+    with_rules = list(leaves_of(problem))
+    leaves = [leaf for leaf in with_rules if any(part in leaf.path for part in parts)]
+    if not leaves:
+        paths = ", ".join(leaf.path for leaf in with_rules)
+        sys.exit(f"--leaves must be part of a path, got {' '.join(parts)}; there are {paths}")
     counts = Counter(leaf.key for leaf in leaves)
     kinds = {leaf.key: leaf for leaf in reversed(leaves)}
     results: list[tuple[Leaf, Measured]] = []
@@ -232,7 +239,7 @@ def _table_of(problem: Problem, price: Callable[[Leaf], Measured], unit: str) ->
 
     def cell(measured: Measured, name: str) -> str:
         price = measured.ways.get(name, "")
-        text = f"{price * scale:.2f}" if isinstance(price, float) else price
+        text = f"{price * scale:.3f}" if isinstance(price, float) else price
         return f"**{text}**" if name == measured.chosen else text
 
     lines = [
@@ -240,7 +247,7 @@ def _table_of(problem: Problem, price: Callable[[Leaf], Measured], unit: str) ->
             leaf.path,
             str(counts[leaf.key]),
             "x".join(map(str, leaf.shape)),
-            f"{measured.gradient * scale:.2f}",
+            f"{measured.gradient * scale:.3f}",
             *(cell(measured, name) for name in names),
         )
         for leaf, measured in results
@@ -252,10 +259,10 @@ def _table_of(problem: Problem, price: Callable[[Leaf], Measured], unit: str) ->
     gradient = total(lambda measured: measured.gradient)
     chosen = total(lambda measured: measured.prices.get(measured.chosen, np.nan))
     lowest = total(lambda measured: min(measured.prices.values(), default=np.nan))
-    rest = len(jax.tree.leaves(problem.params)) - len(leaves)
+    rest = len(jax.tree.leaves(problem.params)) - len(with_rules)
     return (
         f"{table(('leaf', 'such leaves', 'shape', 'gradient', *names), lines)}\n\n"
-        f"All of them: {gradient} for the gradient alone, {chosen} by the ways chosen, {lowest} "
+        f"Together: {gradient} for the gradient alone, {chosen} by the ways chosen, {lowest} "
         f"by the best. {rest} leaves have no rule."
     )
 
@@ -272,6 +279,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--preset", choices=PRESETS, default="cpu", help="models; default: cpu")
     parser.add_argument("--models", nargs="+", choices=MODELS, metavar="NAME")
+    parser.add_argument(
+        "--leaves",
+        nargs="+",
+        default=[""],
+        metavar="PART",
+        help="only those with this in their path; default: all",
+    )
     parser.add_argument("--rounds", type=int, default=10, help="runs of each way; default: 10")
     parser.add_argument("--batch-size", type=int, help="default: the model's")
     return parser.parse_args(arguments)

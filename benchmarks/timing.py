@@ -25,7 +25,7 @@ class Compiled:
             count leaves out what is done by libraries.
     """
 
-    function: Callable[..., Any]
+    function: jax.stages.Compiled
     trace_seconds: float
     compile_seconds: float
     temp_bytes: int

@@ -16,7 +16,6 @@ or processes. The process with index 0 writes, and says which checkpoint is whol
 """
 
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -33,16 +32,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
+from train.checksums import damage_of, write_checksums
 from train.errors import RunError
+from train.processes import from_first_process
 from train.state import TrainState
 from train.text import listed
 
 METRIC = "test_accuracy"
 _STATE = "state"
 _EVALUATION = "evaluation.json"
-_CHECKSUMS = "checksums.txt"
 _UNFINISHED = "unfinished."
 _REPLACED = ".replaced"
 # So that a newest one that is damaged has one before it.
@@ -60,7 +59,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder.absolute()
-        # Orbax serves this process alone: what all must know travels by `_from_first_process`.
+        # Orbax serves this process alone: what all must know travels by `from_first_process`.
         alone = ocp.options.MultiprocessingOptions(
             primary_host=jax.process_index(), active_processes={jax.process_index()}
         )
@@ -131,7 +130,7 @@ class Checkpoints:
         Raises:
             RunError: it could not be written; the other checkpoints are as they were.
         """
-        problem = _from_first_process(self._problem())
+        problem = from_first_process(self._problem())
         if problem is not None:
             raise RunError(problem)
 
@@ -154,7 +153,7 @@ class Checkpoints:
         self.wait()
         arrays = _arrays(state)
         # One process looks, lest two see different things.
-        found = _from_first_process(self._look(arrays) if jax.process_index() == 0 else None)
+        found = from_first_process(self._look(arrays) if jax.process_index() == 0 else None)
         for line in found["skipped"]:
             say(line)
         if found["problem"] is not None:
@@ -170,7 +169,7 @@ class Checkpoints:
     def _look(self, arrays: dict[str, Any]) -> dict[str, Any]:
         """Finds the newest whole checkpoint, and what speaks against it."""
         self._put_back()
-        damages = {step: _damage(self._folder / str(step)) for step in self.steps()}
+        damages = {step: damage_of(self._folder / str(step)) for step in self.steps()}
         self._damaged = {
             step: f"{self._folder.name}/{step}/{damage}"
             for step, damage in damages.items()
@@ -251,7 +250,7 @@ class Checkpoints:
     def _write(self, folder: Path, arrays: dict[str, Any], evaluation: dict[str, float]) -> None:
         self._orbax.save(folder / _STATE, args=ocp.args.StandardSave(arrays))
         (folder / _EVALUATION).write_text(json.dumps(evaluation) + "\n", encoding="utf-8")
-        (folder / _CHECKSUMS).write_bytes(_checksums(folder))
+        write_checksums(folder)
 
     def _name(self, unfinished: Path, step: int) -> None:
         """Makes what was written a checkpoint, in the place of one of the same step."""
@@ -317,42 +316,6 @@ def _description(arrays: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _checksums(folder: Path) -> bytes:
-    """Makes the contents of the file of checksums."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    lines = [
-        f"{_sha256(path)} {path.stat().st_size} {path.relative_to(folder).as_posix()}\n"
-        for path in paths
-    ]
-    text = "".join(lines).encode()
-    return text + hashlib.sha256(text).hexdigest().encode()
-
-
-def _damage(folder: Path) -> str | None:
-    """Names a file that is not as it was written, and says in what."""
-    name = _CHECKSUMS
-    try:
-        contents = (folder / name).read_bytes()
-        lines, _, own_sha256 = contents.rpartition(b"\n")
-        if hashlib.sha256(lines + b"\n").hexdigest().encode() != own_sha256:
-            return f"{name}: other contents"
-        for line in lines.decode().split("\n"):
-            sha256, size, name = line.split(" ", 2)
-            size_now = (folder / name).stat().st_size
-            if size_now != int(size):
-                return f"{name}: {size_now:,} bytes instead of {int(size):,}"
-            if _sha256(folder / name) != sha256:
-                return f"{name}: other contents"
-    except OSError as error:
-        return f"{name}: {error.strerror}"
-    return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _error_code(error: Exception) -> int | None:
     """Returns the operating system's code of an error; None for any other error."""
     if isinstance(error, OSError):
@@ -368,14 +331,3 @@ def _which_are_whole(steps: list[int]) -> str:
     if len(steps) == 1:
         return f"The checkpoint of step {steps[0]} is whole"
     return f"The checkpoints of steps {listed(steps, 'and')} are whole"
-
-
-def _from_first_process(value: Any) -> Any:
-    """Returns what the first process has, which JSON can hold, on every process."""
-    if jax.process_count() == 1:
-        return value
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
-    # Of the others only the shape counts.
-    text = np.resize(text, length)
-    return json.loads(multihost_utils.broadcast_one_to_all(text).tobytes())

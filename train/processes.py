@@ -1,12 +1,16 @@
 """Several processes, each with devices of its own, that train together."""
 
 import contextlib
+import json
 import os
 import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from train.config import Config
 from train.text import first_line
@@ -63,6 +67,17 @@ def describe_loss(error: Exception) -> str | None:
         f"ended or cannot be reached ({first_line(error)}). Its own message says why. Start all of "
         "them again with the same commands: the run goes on from its last checkpoint."
     )
+
+
+def from_first_process(value: Any) -> Any:
+    """Returns what the first process has, which JSON can hold, on every process."""
+    if jax.process_count() == 1:
+        return value
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    # Of the others only the shape counts.
+    text = np.resize(text, length)
+    return json.loads(multihost_utils.broadcast_one_to_all(text).tobytes())
 
 
 @contextlib.contextmanager

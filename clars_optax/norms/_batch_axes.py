@@ -17,8 +17,10 @@ from clars_optax.norms._layout import (
     unbatched,
     unknown,
 )
-from clars_optax.norms._primitives import A_PART, ELEMENTWISE, propagate
-from clars_optax.norms._program import Operation, Program, Value, match
+from clars_optax.norms._match import match
+from clars_optax.norms._parts import A_PART
+from clars_optax.norms._primitives import ELEMENTWISE, propagate
+from clars_optax.norms._program import Operation, Program, Value
 
 
 def follow(

@@ -174,3 +174,16 @@ def split_examples(x: jax.Array, layout: Layout, num_examples: int) -> jax.Array
     example = jnp.arange(num_examples)
     places = tuple(example // factors[i].stride % factors[i].size for i in batch)
     return x[places].reshape(num_examples, *layout.local_shape(1))
+
+
+def only(axes: Sequence[Axis]) -> Axis | None:
+    """The one arrangement that carries the batch, if those that do agree; () where none does."""
+    batched = {axis for axis in axes if any(factor.stride for factor in axis)}
+    if len(batched) > 1:
+        return None
+    return batched.pop() if batched else ()
+
+
+def problem_of(layouts: Sequence[Layout]) -> str | None:
+    """The first reason why a layout is unknown; None if all are known."""
+    return next((layout.problem for layout in layouts if layout.problem is not None), None)

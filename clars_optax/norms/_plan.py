@@ -8,24 +8,15 @@ error. Last, parameters with one use only are claimed by a rule, or handed into 
 
 import math
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from clars_optax.norms._layout import Layout
 from clars_optax.norms._nested import Nested, can_nest
-from clars_optax.norms._obstacles import (
-    AFTER_THE_MEAN,
-    MIXED_INSIDE,
-    NOT_LINEAR,
-    SIZED_INSIDE,
-    Obstacle,
-    find_obstacle,
-    is_additive,
-)
+from clars_optax.norms._obstacles import AFTER_THE_MEAN, find_obstacle, is_additive
 from clars_optax.norms._program import Operation, Program, Value
 from clars_optax.norms._rules import Elementwise, Rule, find_rule
-from clars_optax.norms._separate import has_same_numbers, is_linear, keeps_examples_apart
+from clars_optax.norms._scope import Scope
 from clars_optax.norms._taps import Use
 
 # Between a parameter and its use, these change neither the norm of a gradient nor what a rule sees.
@@ -45,46 +36,6 @@ class Claim:
 
     param: Value
     rule: Rule
-
-
-@dataclass(frozen=True)
-class Scope:
-    """What is known of all values of a loss, those inside of nested programs included.
-
-    Args:
-      layouts: how the batch lies in each value.
-      pairs: the values that the loss at twice the batch size has at the same place.
-      num_examples: the batch size N.
-      with_rules: whether rules may claim parameters.
-      twins: what stands in the place of some operations in the loss of a group (see
-        `Plan.untraced`).
-    """
-
-    layouts: Mapping[Value, Layout]
-    pairs: Mapping[Value, Value]
-    num_examples: int
-    with_rules: bool
-    twins: dict[Operation, Operation] = field(default_factory=dict)
-
-    def carries_all(self, value: Value) -> bool:
-        """Whether a value has a place for every example."""
-        layout = self.layouts[value]
-        return layout.problem is not None or (
-            layout.carries_batch and layout.is_complete(self.num_examples)
-        )
-
-    def own_derivative_obstacle(self, operation: Operation) -> Obstacle | None:
-        """Why an operation's own derivative cannot be taken for each example by itself."""
-        if not any(self.layouts[value].carries_batch for value in operation.operands):
-            return None if is_linear(operation) else NOT_LINEAR
-        if operation.name != "custom_vjp_call":
-            return None
-        twin = self.pairs[operation.outputs[0]].producer
-        if twin is None or not keeps_examples_apart(
-            operation, twin, self.layouts, self.num_examples
-        ):
-            return MIXED_INSIDE
-        return None if has_same_numbers(operation, twin) else SIZED_INSIDE
 
 
 class Plan:

@@ -1,4 +1,4 @@
-"""A loss function as a flat list of operations, and its twin at twice the batch size.
+"""A loss function as a flat list of operations.
 
 A jaxpr nests: `jit` inside `jit`, functions with a derivative of their own. The engine wants one
 list, in which every array has an identity of its own (a jaxpr that is called twice must not share
@@ -24,14 +24,6 @@ _BODIES = {
     "custom_vjp_call": "call_jaxpr",
     "scan": "jaxpr",
 }
-
-# What an operation does, whatever the sizes of its operands are.
-_SIZELESS_PARAMS = frozenset(
-    """
-    axes axis batch_group_count broadcast_dimensions dimension dimension_numbers dimensions
-    feature_group_count permutation reverse
-    """.split()
-)
 
 
 class Value:
@@ -302,57 +294,3 @@ def _spelled_out(operation: Operation) -> Callable[..., list[Any]]:
         ]
 
     return run
-
-
-def match(program: Program, doubled: Program) -> dict[Value, Value]:
-    """Pairs the values of a program with those of the same loss at twice the batch size.
-
-    It walks backwards from the outputs: where two operations agree, so do their operands. A part
-    that differs with the batch size (`random.permutation` sorts in more rounds) ends the walk
-    there. What that part makes of the batch is still known by its place in the operation that takes
-    it; a value that comes from parameters has no pair then.
-    """
-    pairs = dict(zip(program.inputs, doubled.inputs, strict=True))
-    pending = list(zip(program.outputs, doubled.outputs, strict=True))
-    torn: set[Value] = set()
-    while pending:
-        one, two = pending.pop()
-        if one in torn or pairs.get(one) is two:
-            continue
-        first, second = one.producer, two.producer
-        agree = first is not None and second is not None and _agree(first, second)
-        if one.from_params and (one in pairs or not agree):
-            torn.add(one)
-            pairs.pop(one, None)
-            continue
-        if one in pairs:
-            continue
-        pairs[one] = two
-        if first is not None and second is not None and agree:
-            pairs.update(zip(first.outputs, second.outputs, strict=True))
-            pending.extend(zip(first.operands, second.operands, strict=True))
-            for body, other in zip(first.bodies, second.bodies, strict=True):
-                pairs.update(zip(body.inputs, other.inputs, strict=True))
-                pending.extend(zip(body.outputs, other.outputs, strict=True))
-    return pairs
-
-
-def _agree(first: Operation, second: Operation) -> bool:
-    """Whether two operations are the same but for sizes."""
-    return (
-        first.name == second.name
-        and first.positions == second.positions
-        and first.carried.start == second.carried.start
-        and first.carried.stop == second.carried.stop
-        and [len(body.outputs) for body in first.bodies]
-        == [len(body.outputs) for body in second.bodies]
-        and [_kind(value) for value in first.operands] == [_kind(v) for v in second.operands]
-        and all(
-            first.params[name] == second.params[name]
-            for name in first.params.keys() & _SIZELESS_PARAMS
-        )
-    )
-
-
-def _kind(value: Value) -> tuple[Any, ...]:
-    return value.aval.dtype, len(value.shape), value.from_params, value.from_batch

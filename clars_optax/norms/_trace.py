@@ -7,10 +7,12 @@ import jax
 
 from clars_optax.norms._batch_axes import follow
 from clars_optax.norms._layout import leading
+from clars_optax.norms._match import match
 from clars_optax.norms._obstacles import Obstacle
-from clars_optax.norms._plan import Plan, Scope
-from clars_optax.norms._program import Operation, Program, match
+from clars_optax.norms._plan import Plan
+from clars_optax.norms._program import Operation, Program
 from clars_optax.norms._rows import Rows
+from clars_optax.norms._scope import Scope
 from clars_optax.norms._separate import has_same_numbers
 
 Loss = Callable[..., tuple[Any, list[Any]]]

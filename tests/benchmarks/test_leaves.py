@@ -57,6 +57,20 @@ def test_table(problem, capsys):
     assert "0 leaves have no rule" in text
 
 
+@pytest.mark.usefixtures("problem")
+def test_some_leaves_of_a_network(capsys):
+    leaves.main(["--models", "mlp", "--leaves", "Dense", "Conv_2", "--rounds", "1"])
+
+    rows = rows_of(capsys.readouterr().out)[2:]
+    assert {row[0].split("'")[1] for row in rows} == {"Conv_2", "Dense_0"}
+
+
+@pytest.mark.usefixtures("problem")
+def test_leaves_that_are_not_there_are_refused():
+    with pytest.raises(SystemExit, match=r"--leaves must be part of a path, got Conv_9; .*Conv_0"):
+        leaves.main(["--models", "mlp", "--leaves", "Conv_9"])
+
+
 def test_all_ways_are_the_engine_s_and_agree(problem):
     found = {leaf.path: leaf for leaf in leaves.leaves_of(problem)}
     leaf = found["['Conv_2']['kernel']"]

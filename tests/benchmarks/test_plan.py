@@ -10,6 +10,10 @@ from benchmarks.targets import TARGETS, Target, plan_of
 from clars_optax.norms._rules import _depthwise, _kernel
 from clars_optax.norms._rules._geometry import Geometry, Window
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
+)
+
 
 @pytest.mark.parametrize(("device", "extra"), [("h100", "cuda12"), ("v5e", "tpu")])
 def test_without_the_compiler_it_says_what_to_install(monkeypatch, device, extra):
