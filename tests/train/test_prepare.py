@@ -30,6 +30,13 @@ def tars(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def long_tars(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("long_tars")
+    tiny_imagenet.write_long_tars(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def prepared(tars, tmp_path_factory):
     """What the command of train/README.md prints, and its data folder."""
     folder = tmp_path_factory.mktemp("prepared")
@@ -199,11 +206,11 @@ def unfinished(folder):
 
 
 @pytest.mark.tensorflow
-def test_what_a_killed_run_left_is_removed_but_not_what_another_writes(tars, tmp_path):
+def test_what_a_killed_run_left_is_removed_but_not_what_another_writes(tars, long_tars, tmp_path):
     foreign = f"incomplete.FOREIG_{VERSION}"
     (tmp_path / "imagenet2012" / foreign).mkdir(parents=True)
 
-    def run():
+    def run(tars):
         options = ("--manual-dir", tars, "--data-dir", tmp_path)
         return start("imagenet", *options, python=tiny_imagenet.tensorflow_python())
 
@@ -212,17 +219,17 @@ def test_what_a_killed_run_left_is_removed_but_not_what_another_writes(tars, tmp
         if not left:
             return False
         killed.send_signal(signal.SIGSTOP)
-        second = run()
+        second = run(tars)
         _, errors = second.communicate(timeout=60)
         assert second.returncode == 2
         assert f"another process is preparing imagenet2012/{VERSION}" in errors
         assert unfinished(tmp_path) == {foreign, *left}
         return True
 
-    killed = run()
+    killed = run(long_tars)
     kill_when(second_run_is_refused, killed)
     (left,) = unfinished(tmp_path) - {foreign}
-    third = run()
+    third = run(tars)
     output, errors = third.communicate(timeout=60)
 
     assert third.returncode == 0, errors
@@ -233,9 +240,9 @@ def test_what_a_killed_run_left_is_removed_but_not_what_another_writes(tars, tmp
 
 
 @pytest.mark.tensorflow
-def test_after_an_interrupt_nothing_is_left(tars, tmp_path):
+def test_after_an_interrupt_nothing_is_left(long_tars, tmp_path):
     process = start(
-        *("imagenet", "--manual-dir", tars, "--data-dir", tmp_path),
+        *("imagenet", "--manual-dir", long_tars, "--data-dir", tmp_path),
         python=tiny_imagenet.tensorflow_python(),
     )
     while not unfinished(tmp_path):

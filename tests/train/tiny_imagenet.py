@@ -76,6 +76,18 @@ def write_tars(folder, num_train=64, num_validation=24):
         (folder / f"ILSVRC2012_img_{split}.tar").write_bytes(_tar(files).getvalue())
 
 
+def write_long_tars(folder):
+    """Writes tar files that take long: one photo so often that only the end of them is wrong."""
+    label, synset = LABELS[0], _lines("labels.txt")[LABELS[0]]
+    photo = _file(_pixels(label, np.random.default_rng(0))).getvalue()
+    member = tarfile.TarInfo(f"{synset}_0.JPEG")
+    member.size = len(photo)
+    padding = bytes(-len(photo) % tarfile.BLOCKSIZE)
+    photos = io.BytesIO((member.tobuf() + photo + padding) * 20_000)
+    for split, files in {"train": {f"{synset}.tar": photos}, "val": {}}.items():
+        (folder / f"ILSVRC2012_img_{split}.tar").write_bytes(_tar(files).getvalue())
+
+
 def prepare(tars, data_dir):
     """Has the tar files prepared as train/README.md says, and returns what was printed."""
     readme = (ROOT / "train" / "README.md").read_text()
