@@ -1,6 +1,8 @@
-"""Eight CPU devices for every test, so that `pmap` and `shard_map` have something to map over."""
+"""For every test: eight CPU devices, for `pmap` and `shard_map`, and what others have compiled."""
 
 import os
+import shutil
+import tempfile
 
 import hypothesis
 import pytest
@@ -9,6 +11,20 @@ import pytest
 hypothesis.settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
+
+
+# What one test compiles serves the others, in other processes too: those that pytest starts, and
+# runs of commands. It holds before JAX is imported.
+_COMPILED = "JAX_COMPILATION_CACHE_DIR"
+_made_here = _COMPILED not in os.environ
+if _made_here:
+    os.environ[_COMPILED] = tempfile.mkdtemp(prefix="clars_optax_compiled_")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+
+
+def pytest_unconfigure():
+    if _made_here:
+        shutil.rmtree(os.environ.pop(_COMPILED), ignore_errors=True)
 
 
 def pytest_addoption(parser):
