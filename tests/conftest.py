@@ -13,13 +13,13 @@ if os.environ.get("CI"):
     hypothesis.settings.load_profile("ci")
 
 
-# What one test compiles serves the others, in other processes too: those that pytest starts, and
-# runs of commands. It holds before JAX is imported.
+# Most of the time goes into compiling. What one test compiles serves the others, in other processes
+# too: the two that pytest starts, and runs of commands. JAX wants to know that when it is imported.
 _COMPILED = "JAX_COMPILATION_CACHE_DIR"
 _made_here = _COMPILED not in os.environ
 if _made_here:
     os.environ[_COMPILED] = tempfile.mkdtemp(prefix="clars_optax_compiled_")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 
 def pytest_unconfigure():
@@ -53,6 +53,16 @@ def full(request):
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+
+
+@pytest.fixture(scope="module")
+def compiled_fast():
+    """For tests that compile much and run little: LLVM, unlike XLA, does not do its best."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,8 @@ from flax.training import train_state
 
 import clars_optax
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 MASKS = ("weight_decay_mask", "trust_ratio_mask")
 CLARS = clars_optax.clars(0.5, weight_decay=0.1)
 

@@ -9,8 +9,10 @@ import dataclasses
 import difflib
 import fcntl
 import importlib.util
+import os
 import shlex
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +26,10 @@ NAMES = {"imagenet": IMAGENET, "fashion-mnist": "fashion_mnist"}
 # The challenge's files and their bytes. The one with the photos of the test split is not needed.
 TARS = {"ILSVRC2012_img_train.tar": 147_897_477_120, "ILSVRC2012_img_val.tar": 6_744_924_160}
 FORMAT = tfds.core.FileFormat.ARRAY_RECORD
+
+_INTERRUPTED = "python -m train.prepare: interrupted: what was unfinished is removed."
+# As shells say of what SIGINT ends.
+_EXIT_INTERRUPTED = 130
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,9 +181,22 @@ def _alone(builder: tfds.core.DatasetBuilder) -> Iterator[None]:
         file.write("\n".join(foreign))
         file.flush()
         _clear(folder, unfinished - foreign, unfinished & foreign)
+
+        def stop(*_: object) -> None:
+            for path in folder.glob(f"incomplete.*_{builder.version}"):
+                if path.name not in foreign:
+                    shutil.rmtree(path, ignore_errors=True)
+            lock.unlink(missing_ok=True)
+            os.write(sys.stderr.fileno(), f"{_INTERRUPTED}\n".encode())
+            os._exit(_EXIT_INTERRUPTED)
+
+        # An exception is lost where it meets a callback of the garbage collector, which TensorFlow
+        # and JAX have, and what it is to stop may go on for hours.
+        before = signal.signal(signal.SIGINT, stop)
         try:
             yield
         finally:
+            signal.signal(signal.SIGINT, before)
             lock.unlink()
 
 
@@ -224,10 +243,8 @@ def main() -> None:
         print(f"python -m train.prepare: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(
-            "python -m train.prepare: interrupted: what was unfinished is removed.", file=sys.stderr
-        )
-        sys.exit(130)
+        print(_INTERRUPTED, file=sys.stderr)
+        sys.exit(_EXIT_INTERRUPTED)
 
 
 if __name__ == "__main__":

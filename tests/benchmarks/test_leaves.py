@@ -11,6 +11,8 @@ from benchmarks.models import MODELS, make_problem
 from benchmarks.timing import Compiled
 from benchmarks.vit import ViT
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 
 class Net(nn.Module):
     """Two convolutions alike, and one that is not, before a dense layer."""

@@ -10,6 +10,8 @@ from train.configs import CONFIGS
 from train.models import MODELS
 from train.models.resnet import ResNet
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 CONFIG = dataclasses.replace(CONFIGS["digits"], batch_size=16, microbatch_size=16)
 
 

@@ -10,6 +10,8 @@ from benchmarks.models import MLP, MODELS, PRESETS, make_problem
 from benchmarks.timing import Compiled, Pairs, time_pairs
 from benchmarks.variants import VARIANTS, plain
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 
 @pytest.fixture(scope="module")
 def problem():

@@ -5,6 +5,8 @@ import pytest
 
 from benchmarks.vit import ViT
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 
 @pytest.mark.parametrize(
     ("width", "num_heads", "count"), [(192, 3, 5_717_416), (384, 6, 22_050_664)]

@@ -30,7 +30,7 @@ class Broken:
 
 
 @pytest.fixture
-def broken_run(data_dir, tmp_path, compilation_cache):
+def broken_run(data_dir, tmp_path):
     def prepare_with(**options):
         config = dataclasses.replace(
             CONFIGS["digits"],

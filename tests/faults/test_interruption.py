@@ -9,7 +9,6 @@ from tests.train.commands import (
     finish,
     lines_of,
     numbers_of,
-    sharing_what_is_compiled,
     start,
     wait_for_step,
 )
@@ -31,10 +30,9 @@ OPTIONS = (
 
 
 @pytest.fixture(scope="module")
-def run(data_dir, tmp_path_factory):
-    environment = sharing_what_is_compiled(tmp_path_factory.mktemp("compiled"))
+def run(data_dir):
     return lambda workdir: start(
-        *(*OPTIONS, "--workdir", workdir, "--data-dir", data_dir), num_devices=2, **environment
+        *OPTIONS, "--workdir", workdir, "--data-dir", data_dir, num_devices=2
     )
 
 
@@ -109,7 +107,6 @@ class Request:
 
 
 @pytest.mark.long
-@pytest.mark.usefixtures("compilation_cache")
 def test_interrupted_evaluation_is_made_up_for(data_dir, tmp_path, monkeypatch):
     config = dataclasses.replace(
         CONFIGS["digits"],

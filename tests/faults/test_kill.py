@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests.train.commands import finish, numbers_of, sharing_what_is_compiled, start
+from tests.train.commands import finish, numbers_of, start, wait_for_step
 from train.checkpoint import Checkpoints
 from train.run_folder import CHECKPOINTS
 
@@ -29,24 +29,21 @@ def state_of(workdir):
 
 
 @pytest.fixture
-def run(data_dir, tmp_path):
-    environment = sharing_what_is_compiled(tmp_path / "compiled")
+def run(data_dir):
     return lambda workdir: start(
-        *(*OPTIONS, "--workdir", workdir, "--data-dir", data_dir), num_devices=2, **environment
+        *OPTIONS, "--workdir", workdir, "--data-dir", data_dir, num_devices=2
     )
 
 
 def test_kills_leave_no_trace(run, tmp_path, full):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    started = time.monotonic()
     finish(run(whole))
-    seconds = time.monotonic() - started
-    moments = random.Random(0)
+    moments, num_kills = random.Random(0), 20 if full else 2
 
-    for _ in range(20 if full else 2):
+    for index in range(1, num_kills + 1):
         process = run(killed)
-        # Most of the time goes into starting; a run is through in the end, whatever is drawn.
-        time.sleep(moments.uniform(0.3, 1.0) * seconds)
+        wait_for_step(18 * index // num_kills, killed, process)
+        time.sleep(moments.uniform(0, 0.3))
         process.kill()
         process.communicate()
     # As a kill in the middle of a line leaves it.

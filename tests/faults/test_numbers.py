@@ -123,7 +123,7 @@ def test_many_leaves_are_counted():
 
 
 @pytest.fixture
-def config(data_dir, tmp_path, compilation_cache):
+def config(data_dir, tmp_path):
     return dataclasses.replace(
         CONFIGS["digits"],
         **{"batch_size": 480, "epochs": 3.0, "eval_epochs": 3.0, "group_size": 60},

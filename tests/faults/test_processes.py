@@ -10,7 +10,6 @@ from tests.train.commands import (
     free_port,
     lines_of,
     numbers_of,
-    sharing_what_is_compiled,
     start,
     start_two,
     wait_for_step,
@@ -27,12 +26,10 @@ OPTIONS = (
 
 
 @pytest.fixture(scope="module")
-def run(data_dir, tmp_path_factory):
-    environment = sharing_what_is_compiled(tmp_path_factory.mktemp("compiled"))
-
+def run(data_dir):
     def start_both(workdir):
         options = (*OPTIONS, "--workdir", workdir, "--data-dir", data_dir)
-        return start_two(options, options, **environment)
+        return start_two(options, options)
 
     return start_both
 

@@ -8,19 +8,23 @@ import sys
 import time
 
 
-def start(*options, num_devices=8, **environment):
+def start(*options, num_devices=8):
     """Starts a run on so many CPU devices."""
-    flags = f"--xla_force_host_platform_device_count={num_devices}"
+    environment = {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
+        # Most of what a run compiles takes no time, and every run compiles it.
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     return subprocess.Popen(
         [sys.executable, "-W", "error", "-m", "train", *map(str, options)],
-        env={**os.environ, "XLA_FLAGS": flags, **environment},
+        env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def start_two(*options_of_each, **environment):
+def start_two(*options_of_each):
     """Starts two processes of two devices."""
     address = f"127.0.0.1:{free_port()}"
     return [
@@ -28,18 +32,9 @@ def start_two(*options_of_each, **environment):
             *options,
             *("--coordinator", address, "--num-processes", 2, "--process-id", index),
             num_devices=2,
-            **environment,
         )
         for index, options in enumerate(options_of_each)
     ]
-
-
-def sharing_what_is_compiled(folder):
-    """The environment of runs of which one need not compile what another has compiled."""
-    return {
-        "JAX_COMPILATION_CACHE_DIR": str(folder),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
 
 
 def free_port():

@@ -23,6 +23,8 @@ from tests.train.steps import (
 )
 from train.step import init_state
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 
 def twice(batch):
     """A batch whose halves are alike: BatchNorm's statistics of a half are those of the whole."""

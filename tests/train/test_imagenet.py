@@ -3,7 +3,7 @@
 import pytest
 
 from tests.train import tiny_imagenet
-from tests.train.commands import finish, kill_when, lines_of, sharing_what_is_compiled, start
+from tests.train.commands import finish, kill_when, lines_of, start
 from train.run_folder import CHECKPOINTS
 
 # Ten steps, with a checkpoint after every fourth, for 64 photos.
@@ -30,10 +30,7 @@ def imagenet_dir_from_tars(tmp_path_factory):
 
 def start_run(name, imagenet_dir, workdir, *options):
     options = (*OPTIONS, "--data-dir", imagenet_dir, "--workdir", workdir, *options)
-    return start(
-        *(f"imagenet-{name}", *options),
-        **sharing_what_is_compiled(imagenet_dir / "compiled"),
-    )
+    return start(f"imagenet-{name}", *options)
 
 
 @pytest.mark.tensorflow

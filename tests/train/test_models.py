@@ -9,6 +9,8 @@ import pytest
 
 from train.models import MODELS, densenet, make_model, mobilenet_v1, mobilenet_v2, resnet
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 GROUPS = ((0, 1, 2, 3), (4, 5, 6, 7))
 
 

@@ -3,14 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.train.commands import (
-    finish,
-    numbers_of,
-    refusals,
-    sharing_what_is_compiled,
-    start,
-    start_two,
-)
+from tests.train.commands import finish, numbers_of, refusals, start, start_two
 from train.checkpoint import Checkpoints
 from train.run_folder import CHECKPOINTS
 
@@ -21,9 +14,8 @@ OPTIONS = (
 
 
 def start_both(data_dir, *options_of_each):
-    environment = sharing_what_is_compiled(data_dir / "compiled")
     options = ((*OPTIONS, "--data-dir", data_dir, *options) for options in options_of_each)
-    return start_two(*options, **environment)
+    return start_two(*options)
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,8 @@ from tests.train.steps import (
 from train.body import make_eval_body
 from train.step import AXIS, TrainStep, pmap_eval_step, shard
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 
 @pytest.mark.parametrize("name", ["clars", "lars", "sgd", "lena"])
 def test_one_device_and_eight_agree(name):
