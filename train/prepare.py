@@ -181,6 +181,8 @@ def _alone(builder: tfds.core.DatasetBuilder) -> Iterator[None]:
         file.write("\n".join(foreign))
         file.flush()
         _clear(folder, unfinished - foreign, unfinished & foreign)
+        # Who stops it shall have read that.
+        sys.stdout.flush()
 
         def stop(*_: object) -> None:
             for path in folder.glob(f"incomplete.*_{builder.version}"):
@@ -190,8 +192,8 @@ def _alone(builder: tfds.core.DatasetBuilder) -> Iterator[None]:
             os.write(sys.stderr.fileno(), f"{_INTERRUPTED}\n".encode())
             os._exit(_EXIT_INTERRUPTED)
 
-        # An exception is lost where it meets a callback of the garbage collector, which TensorFlow
-        # and JAX have, and what it is to stop may go on for hours.
+        # An exception is lost where it meets a callback of the garbage collector, such as JAX has,
+        # and what it is to stop may go on for hours.
         before = signal.signal(signal.SIGINT, stop)
         try:
             yield
