@@ -31,7 +31,7 @@ _PLAIN = "plain"
 
 _KINDS = ("products", "our kernels", "the rest")
 # Pallas names a kernel after its function; the last number tells its shapes apart.
-_OURS = re.compile(r"(weight_gradient_and_norms|depthwise_gradients)")
+_OURS = re.compile("weight_gradient_and_norms|depthwise_gradients")
 # How cuBLAS, cuDNN and what they are made of name their kernels, and XLA its own products.
 _PRODUCT = re.compile(
     r"gemm|xmma|cutlass|cudnn|cublas|nvjet|cask|nhwc|dot|conv(?!ert)|ynn_fusion", re.IGNORECASE
@@ -177,8 +177,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             found = profile(make, model, options.batch_size, options.runs)
             lines.append((f"**{model}**" if name == _PLAIN else "", name, *found.cells()))
             rows.extend((model, name, *row) for row in found.rows())
-            longest = table(("us", "kind", "kernel", "operation"), found.longest(options.top))
-            details.append(f"**{model}**, {name}\n\n{longest}")
+            if options.top:
+                longest = table(("us", "kind", "kernel", "operation"), found.longest(options.top))
+                details.append(f"\n**{model}**, {name}\n\n{longest}")
             if options.output:
                 # After each, so that an interrupted run leaves what it has measured.
                 options.output.mkdir(parents=True, exist_ok=True)
@@ -186,8 +187,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     csv.writer(file, lineterminator="\n").writerows(rows)
     print(f"{header}; means of {options.runs} runs, milliseconds\n")
     print(table(("model", "variant", *_KINDS, "all", "kernels", "wall"), lines))
-    if options.top:
-        print("\n" + "\n\n".join(details))
+    for text in details:
+        print(text)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -19,9 +19,8 @@ import pytest
 from hypothesis import strategies as st
 
 import clars_optax
-from tests.norms.quick import quick_jit
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("compiled_fast")]
 
 REFUSALS = (TypeError, ValueError, NotImplementedError)
 MASKED = optax.MaskedNode()
@@ -47,7 +46,7 @@ def traced(function, *args):
         for x in leaves
     ]
 
-    @quick_jit
+    @jax.jit
     def of_arrays(arrays):
         arrays = iter(arrays)
         pairs = zip(leaves, is_array, strict=True)
@@ -165,7 +164,7 @@ def expected_of(call):
         return call.losses(params, x[None], y[None])[0]
 
     examples = jax.vmap(jax.value_and_grad(one), (None, 0, 0))
-    losses, grads = quick_jit(examples)(call.params, *call.batch)
+    losses, grads = jax.jit(examples)(call.params, *call.batch)
     grads = jax.tree.map(lambda g: np.asarray(g, np.float64), grads)
     mean = np.mean if is_mean else np.sum
     counted = options["num_norm_examples"]

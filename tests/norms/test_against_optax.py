@@ -8,7 +8,6 @@ from optax import microbatching
 
 import clars_optax
 from tests.norms.models import MODELS, NUM_EXAMPLES
-from tests.norms.quick import quick_jit
 
 NAMES = [
     "batch_merged_with_time",
@@ -33,7 +32,7 @@ def test_matches_micro_grad(name, microbatch_size):
         metrics_fn=lambda grads: jax.tree.map(jnp.linalg.norm, jax.tree.map(jnp.ravel, grads)),
     )
     step = clars_optax.value_and_grad_and_norms(model.loss, microbatch_size=microbatch_size)
-    (grads, aux), (value, found_grads, norms) = quick_jit(
+    (grads, aux), (value, found_grads, norms) = jax.jit(
         lambda *args: (micro_grad(*args), step(*args))
     )(model.params, model.batch)
     np.testing.assert_allclose(value, aux.values.mean(), rtol=1e-6)

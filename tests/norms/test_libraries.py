@@ -19,7 +19,6 @@ from flax import nnx
 
 import clars_optax
 from tests.norms.models import normal
-from tests.norms.quick import quick_jit
 
 NUM_EXAMPLES = 4
 TOKENS = jnp.asarray([[1, 2, 3, 1], [4, 4, 0, 2], [0, 3, 3, 3], [5, 1, 0, 4]])
@@ -79,7 +78,7 @@ def linen_transformer():
             return embed.attend(x)
 
     model = Transformer()
-    params = quick_jit(model.init)(
+    params = jax.jit(model.init)(
         {"params": jax.random.key(0), "dropout": jax.random.key(1)}, TOKENS
     )["params"]
 
@@ -107,7 +106,7 @@ def linen_convolutions():
             return nn.PReLU()(x)
 
     model = Net()
-    params = quick_jit(model.init)(jax.random.key(0), IMAGES)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), IMAGES)["params"]
 
     def losses(params, images, axis_name):
         outputs = model.apply({"params": params}, images)
@@ -130,7 +129,7 @@ def linen_batch_norm():
             x = norm(nn.Conv(4, (3, 3), feature_group_count=4)(x)) + x
             return norm(nn.Dense(3)(nn.tanh(x).mean((1, 2))))
 
-    variables = quick_jit(Net().init)(jax.random.key(0), IMAGES)
+    variables = jax.jit(Net().init)(jax.random.key(0), IMAGES)
 
     def losses(params, images, axis_name):
         outputs, updated = Net(axis_name).apply(
@@ -194,7 +193,7 @@ def nnx_convolutions_and_batch_norm():
 
 def of_haiku(function, batch, couples=False):
     model = hk.transform_with_state(function)
-    params, state = quick_jit(model.init, static_argnums=2)(jax.random.key(0), batch, None)
+    params, state = jax.jit(model.init, static_argnums=2)(jax.random.key(0), batch, None)
 
     def losses(params, batch, axis_name):
         outputs, updated = model.apply(params, state, jax.random.key(1), batch, axis_name)
@@ -328,7 +327,7 @@ def test_unmodified_models(name):
         losses, aux = case.losses(params, batch, None)
         return jnp.mean(losses), aux
 
-    @quick_jit
+    @jax.jit
     def everything(params):
         step = clars_optax.value_and_grad_and_norms(loss, has_aux=True)
         plain = jax.value_and_grad(loss, has_aux=True)

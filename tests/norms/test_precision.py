@@ -12,7 +12,6 @@ import pytest
 
 import clars_optax
 from tests.norms.models import normal
-from tests.norms.quick import quick_jit
 
 NUM_EXAMPLES = 6
 
@@ -82,7 +81,7 @@ def exact_norms(losses, params, batch):
             return jax.grad(lambda p: losses(jnp.float64, p, x[None])[0])(exact)
 
         exact = jax.tree.map(lambda p: np.asarray(p, np.float64), params)
-        grads = quick_jit(jax.vmap(of_example))(np.asarray(batch))
+        grads = jax.jit(jax.vmap(of_example))(np.asarray(batch))
         return jax.tree.map(
             lambda g: np.linalg.norm(np.asarray(g).reshape(g.shape[0], -1), axis=1), grads
         )
@@ -92,7 +91,7 @@ def norms_of(losses, params, batch, **options):
     step = clars_optax.value_and_grad_and_norms(
         lambda p, x: jnp.mean(losses(p, x)), batch_argnums=1, **options
     )
-    return jax.tree.map(np.asarray, quick_jit(step)(params, batch)[2])
+    return jax.tree.map(np.asarray, jax.jit(step)(params, batch)[2])
 
 
 def largest_error(found, wanted):

@@ -22,7 +22,6 @@ import pytest
 
 import clars_optax
 from clars_optax.norms._rules import cheapest
-from tests.norms.quick import quick_jit
 
 MAX_EXAMPLES = int(os.environ.get("RANDOM_MODELS", "10"))
 # No explanation of a failure: it takes long, and a model is small when it is printed.
@@ -490,7 +489,7 @@ def check(model, options):
         return cheapest(ways, device, **kwargs) if which is None else ways[which % len(ways)]
 
     with unittest.mock.patch("clars_optax.norms._taps.cheapest", chosen):
-        results = quick_jit(everything)(params, batch)
+        results = jax.jit(everything)(params, batch)
     auto, generic, plain, rows = jax.tree.map(np.asarray, results)
 
     scale = num_examples if loss_reduction == "mean" else 1

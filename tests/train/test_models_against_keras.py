@@ -4,7 +4,6 @@ Keras runs on JAX; it needs no TensorFlow. It is imported inside of a fixture, s
 can be collected without it, and so that its backend can be chosen first.
 """
 
-import functools
 import importlib
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -21,10 +20,7 @@ NUM_CLASSES = 10
 EPSILON = 1e-5  # ours; Keras's networks have several
 MOMENTUM = 0.9
 
-pytestmark = pytest.mark.keras
-
-# What is computed once is not worth the compiler's effort.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+pytestmark = [pytest.mark.keras, pytest.mark.usefixtures("compiled_fast")]
 
 
 class Network(NamedTuple):
@@ -196,14 +192,14 @@ def test_logits_are_those_of_keras(keras, network):
     shapes = jax.eval_shape(lambda: ours.init(jax.random.key(0), images, train=False))
     assert jax.tree.map(np.shape, variables) == jax.tree.map(np.shape, shapes)
 
-    @jit
+    @jax.jit
     def run_theirs(values, images):
         arguments = [values[path] for path in trainable], [values[path] for path in others]
         evaluated, _ = theirs.stateless_call(*arguments, images, training=False)
         trained, updated = theirs.stateless_call(*arguments, images, training=True)
         return evaluated, trained, dict(zip(others, updated, strict=True))
 
-    @jit
+    @jax.jit
     def run_ours(variables, images):
         evaluated = ours.apply(variables, images, train=False)
         return evaluated, *ours.apply(variables, images, train=True, mutable=["batch_stats"])

@@ -20,10 +20,7 @@ from train.models import make_model
 
 NUM_CLASSES = 10
 
-pytestmark = pytest.mark.torch
-
-# What is computed once is not worth the compiler's effort.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+pytestmark = [pytest.mark.torch, pytest.mark.usefixtures("compiled_fast")]
 
 
 def make_resnet(transformers, block, depths):
@@ -140,7 +137,7 @@ def test_logits_are_those_of_transformers(monkeypatch, name):
     shapes = jax.eval_shape(lambda: ours.init(jax.random.key(0), images, train=False))
     assert jax.tree.map(np.shape, variables) == jax.tree.map(np.shape, shapes)
 
-    @jit
+    @jax.jit
     def run(variables, images):
         evaluated = ours.apply(variables, images, train=False)
         trained, _ = ours.apply(variables, images, train=True, mutable=["batch_stats"])

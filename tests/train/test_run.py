@@ -1,13 +1,11 @@
 import json
-import os
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 from matplotlib import image
 
-from tests.train.commands import lines_of
+from tests.train.commands import lines_of, start
 from train.checkpoint import Checkpoints
 from train.configs import CONFIGS
 
@@ -31,10 +29,10 @@ SHORT = (
 )
 
 
-def train(*options, **environment):
-    command = [sys.executable, "-W", "error", "-m", "train", *map(str, options)]
-    environment = {**os.environ, **environment}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+def train(*options, num_devices=8):
+    process = start(*options, num_devices=num_devices)
+    output, errors = process.communicate(timeout=600)
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +156,7 @@ def test_run_that_is_at_its_end_stays_as_it_is(short_run, data_dir):
 
 def test_first_run_finds_97_percent(tmp_path, data_dir):
     # On one device, as for whoever comes here.
-    done = train("--workdir", tmp_path / "run", "--data-dir", data_dir, XLA_FLAGS="")
+    done = train("--workdir", tmp_path / "run", "--data-dir", data_dir, num_devices=1)
 
     assert done.returncode == 0, done.stderr
     assert lines_of(tmp_path / "run")[-1]["test_accuracy"] >= 0.97
