@@ -44,7 +44,7 @@ def init_state(
 
     def init(key: jax.Array) -> TrainState:
         variables = model.init(key, images, train=False)
-        return TrainState.create(
+        state = TrainState.create(
             apply_fn=model.apply,
             params=variables["params"],
             tx=transformation,
@@ -52,9 +52,14 @@ def init_state(
             ema_params=None if ema_decay is None else variables["params"],
             ema_decay=ema_decay,
         )
+        # Flax's 0 has a weak type, which a checkpoint does not keep: a run that goes on would
+        # compile another program than the one that began it.
+        return state.replace(step=jnp.zeros((), jnp.int32))
 
-    # Under jit, because one compilation is faster than one for each operation.
-    return replicate(jax.jit(init)(jax.random.key(seed)), devices)
+    # Under jit, because one compilation is faster than one for each operation; with little
+    # optimisation, for it runs once, and a CPU takes several seconds for better.
+    init = jax.jit(init, compiler_options={"xla_backend_optimization_level": 1})
+    return replicate(init(jax.random.key(seed)), devices)
 
 
 def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:

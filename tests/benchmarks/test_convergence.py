@@ -23,6 +23,7 @@ from train.body import normalise
 from train.data import fashion_mnist
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+pytestmark = pytest.mark.usefixtures("compiled_fast")
 MICROBATCH, EPOCHS = 8, 2
 
 

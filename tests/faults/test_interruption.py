@@ -1,17 +1,15 @@
-"""SIGTERM and Ctrl-C: one last checkpoint, a message and an exit code."""
+"""SIGTERM and Ctrl-C leave a checkpoint, a message and an exit code; kills leave no trace."""
 
 import dataclasses
+import random
 import signal
+import time
 
+import jax
+import numpy as np
 import pytest
 
-from tests.train.commands import (
-    finish,
-    lines_of,
-    numbers_of,
-    start,
-    wait_for_step,
-)
+from tests.train.commands import finish, lines_of, numbers_of, start, wait_for_step
 from train import evaluation, loop
 from train.checkpoint import Checkpoints
 from train.configs import CONFIGS
@@ -22,17 +20,20 @@ from train.setup import prepare
 
 pytestmark = pytest.mark.faults
 
-# Thirty steps with one evaluation, at the end.
+# Twenty steps, with all that a run keeps: averaged weights, sums over pieces, group norms.
 OPTIONS = (
-    *("digits", "--batch-size", 240, "--epochs", 5, "--eval-epochs", 5, "--seed", 1),
-    *("--num-norm-examples", 16),
+    *("digits", "--batch-size", 288, "--epochs", 4, "--eval-epochs", 1),
+    *("--transfer-size", 96, "--ema-decay", 0.9, "--seed", 2),
+    *("--optimizer", "lena", "--learning-rate", 0.3, "--group-size", 4),
 )
+# With a checkpoint after nearly every step, many kills meet one that is being written.
+CHECKPOINTS_OFTEN = ("--checkpoint-steps", 2)
 
 
 @pytest.fixture(scope="module")
 def run(data_dir):
-    return lambda workdir: start(
-        *OPTIONS, "--workdir", workdir, "--data-dir", data_dir, num_devices=2
+    return lambda workdir, *options: start(
+        *OPTIONS, *options, "--workdir", workdir, "--data-dir", data_dir, num_devices=2
     )
 
 
@@ -41,6 +42,33 @@ def whole(run, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole")
     finish(run(workdir))
     return workdir
+
+
+def checkpoints_of(workdir):
+    """The steps of which there are checkpoints, and the state in the last of them."""
+    with Checkpoints(workdir / CHECKPOINTS) as checkpoints:
+        steps = checkpoints.steps()
+        return steps, checkpoints.arrays(steps[-1]) if steps else None
+
+
+def test_kills_leave_no_trace(run, whole, tmp_path, full):
+    moments, num_kills = random.Random(0), 20 if full else 2
+
+    for index in range(1, num_kills + 1):
+        process = run(tmp_path, *CHECKPOINTS_OFTEN)
+        wait_for_step(18 * index // num_kills, tmp_path, process)
+        time.sleep(moments.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+    # As a kill in the middle of a line leaves it.
+    with (tmp_path / "metrics.jsonl").open("a") as lines:
+        lines.write('{"step": 9')
+    finish(run(tmp_path, *CHECKPOINTS_OFTEN))
+
+    assert numbers_of(tmp_path) == numbers_of(whole)
+    (steps, state), (expected_steps, expected) = checkpoints_of(tmp_path), checkpoints_of(whole)
+    assert steps[-1] == expected_steps[-1] == 20
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
 
 
 @pytest.mark.parametrize(
@@ -60,13 +88,12 @@ def test_signal_leaves_a_checkpoint_of_all_that_was_done(number, code, run, whol
     assert f"{number.name}: the run ends after this step, with a checkpoint." in output
     (message,) = errors.splitlines()
     done = lines_of(tmp_path)[-1]["step"]
-    assert 5 <= done < 30
+    assert 5 <= done < 20
     assert message == (
-        f"python -m train: interrupted after step {done} of 30, of which there is a checkpoint. "
+        f"python -m train: interrupted after step {done} of 20, of which there is a checkpoint. "
         "Go on with the same command."
     )
-    with Checkpoints(tmp_path / CHECKPOINTS) as checkpoints:
-        assert checkpoints.steps() == [done]
+    assert checkpoints_of(tmp_path)[0][-1] == done
 
     (output,) = finish(run(tmp_path))
     assert f"going on from step {done}" in output
@@ -76,7 +103,7 @@ def test_signal_leaves_a_checkpoint_of_all_that_was_done(number, code, run, whol
 def test_second_interrupt_ends_at_once(run, tmp_path):
     """While the first step is compiled, which takes long, Python's own handlers would wait."""
     process = run(tmp_path)
-    assert "30 steps" in process.stdout.readline()
+    assert "20 steps" in process.stdout.readline()
 
     process.send_signal(signal.SIGINT)
     assert "SIGINT" in process.stdout.readline()
@@ -84,8 +111,7 @@ def test_second_interrupt_ends_at_once(run, tmp_path):
     process.communicate(timeout=30)
 
     assert process.returncode == 130
-    with Checkpoints(tmp_path / CHECKPOINTS) as checkpoints:
-        assert checkpoints.steps() == []
+    assert checkpoints_of(tmp_path)[0] == []
 
 
 class Request:

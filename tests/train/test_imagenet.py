@@ -36,8 +36,8 @@ def start_run(name, imagenet_dir, workdir, *options):
 @pytest.mark.tensorflow
 def test_a_kill_on_what_the_real_builder_wrote(imagenet_dir_from_tars, tmp_path):
     def run():
-        # A network that compiles in less than a minute.
-        return start_run("resnet50", imagenet_dir_from_tars, tmp_path, "--model", "resnet20")
+        # A network that compiles in less than half a minute.
+        return start_run("resnet50", imagenet_dir_from_tars, tmp_path, "--model", "resnet8")
 
     kill_when(lambda: (tmp_path / CHECKPOINTS / "4").exists(), run())
     (output,) = finish(run())

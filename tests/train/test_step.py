@@ -62,9 +62,12 @@ def test_step_is_that_of_the_library():
         target = 0.9 * jax.nn.one_hot(labels, 10) + 0.1 / 10
         return -jnp.mean(jnp.sum(target * log_probabilities, axis=-1)), updated["batch_stats"]
 
-    (loss, expected_stats), grads, norms = clars_optax.value_and_grad_and_norms(
-        loss_fn, has_aux=True, batch_argnums=(1, 2)
-    )(params, batch["image"].astype(np.float32), batch["label"])
+    value_and_grad_and_norms = jax.jit(
+        clars_optax.value_and_grad_and_norms(loss_fn, has_aux=True, batch_argnums=(1, 2))
+    )
+    (loss, expected_stats), grads, norms = value_and_grad_and_norms(
+        params, batch["image"].astype(np.float32), batch["label"]
+    )
     tx = clars_optax.clars(0.5, weight_decay=1e-3)
     updates, _ = tx.update(grads, tx.init(params), params, example_grad_norms=norms)
 
@@ -73,6 +76,14 @@ def test_step_is_that_of_the_library():
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
     assert_close(state.params, optax.apply_updates(params, updates), 1e-5)
     assert_close(state.batch_stats, expected_stats, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["clars", "lena"])
+def test_new_state_has_the_types_of_a_restored_one(name):
+    """Or what was compiled would not serve a run that goes on: checkpoints keep no weak types."""
+    state = new_state(Setting(1, name, ema_decay=0.9))
+
+    assert not any(jax.typeof(leaf).weak_type for leaf in jax.tree.leaves(state))
 
 
 def test_same_seed_same_numbers():

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sklearn.datasets
-import sklearn.model_selection
 import tensorflow_datasets as tfds
 
 from train.data import images, prepared, records
@@ -43,14 +41,23 @@ class SklearnDigits(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, Example]]]:
         del dl_manager
-        labels = sklearn.datasets.load_digits().target
-        train, test = sklearn.model_selection.train_test_split(
-            np.arange(len(labels)), test_size=NUM_TEST, stratify=labels, random_state=0
-        )
-        return {"train": self._generate_examples(train), "test": self._generate_examples(test)}
+        # Here, because it takes two seconds, and only the first run of all writes the digits.
+        import sklearn.datasets
+        import sklearn.model_selection
 
-    def _generate_examples(self, indices: np.ndarray) -> Iterator[tuple[int, Example]]:
         digits = sklearn.datasets.load_digits()
+        train, test = sklearn.model_selection.train_test_split(
+            np.arange(len(digits.target)),
+            test_size=NUM_TEST,
+            stratify=digits.target,
+            random_state=0,
+        )
+        return {
+            "train": self._generate_examples(digits, train),
+            "test": self._generate_examples(digits, test),
+        }
+
+    def _generate_examples(self, digits: Any, indices: np.ndarray) -> Iterator[tuple[int, Example]]:
         for index in indices.tolist():
             image = digits.images[index].astype(np.uint8)[..., np.newaxis]
             yield index, {"image": image, "label": int(digits.target[index])}
