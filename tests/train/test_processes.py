@@ -8,8 +8,8 @@ from train.checkpoint import Checkpoints
 from train.run_folder import CHECKPOINTS
 
 OPTIONS = (
-    *("digits", "--batch-size", "240", "--epochs", "1", "--microbatch-size", "30"),
-    *("--transfer-size", "120", "--bn-group", "2", "--seed", "1"),
+    *("digits", "--batch-size", "240", "--epochs", "1", "--transfer-size", "120"),
+    *("--bn-group", "2", "--seed", "1"),
 )
 
 
