@@ -22,8 +22,6 @@ from train.build import image_shape_of, network_of, training_of
 from train.config import Config
 from train.configs import CONFIGS
 from train.data import dataset_of
-from train.state import TrainState
-from train.step import TrainStep
 from train.validation import validate
 
 # Photos in ImageNet's training split, on which the length of the schedule depends.
@@ -66,15 +64,9 @@ def memory_of(config: Config, target: Target | None = None) -> tuple[int, dict[s
     dataset = dataset_of(config.dataset, config.data_dir)
     validate(config, dataset, len(devices))
     network = network_of(config, dataset, len(devices))
-    steps: list[TrainStep] = []
-
-    def initial_state() -> TrainState:
-        state, step = training_of(config, dataset, network, NUM_TRAIN, devices)
-        steps.append(step)
-        return state
-
+    draw, step = training_of(config, dataset, network, NUM_TRAIN, devices)
     # Its shapes alone: there may be no device to hold it.
-    state = jax.eval_shape(initial_state)
+    state = jax.eval_shape(draw, jax.random.key(config.seed))
     size = (config.transfer_size or config.batch_size) // len(devices)
     piece = {
         "image": jax.ShapeDtypeStruct(
@@ -84,7 +76,7 @@ def memory_of(config: Config, target: Target | None = None) -> tuple[int, dict[s
     }
     found = {}
     with target.pretended() if target else contextlib.nullcontext():
-        for name, lowered in steps[0].lower(state, piece).items():
+        for name, lowered in step.lower(state, piece).items():
             compiled = lowered.compile(compiler_options=target.options if target else None)
             memory: Any = compiled.memory_analysis()
             found[name] = Memory(

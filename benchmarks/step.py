@@ -21,7 +21,7 @@ from train.build import image_shape_of, network_of, training_of
 from train.config import Config
 from train.configs import CONFIGS
 from train.data import dataset_of
-from train.step import shard
+from train.step import init_state, shard
 from train.validation import validate
 
 BASE = "lars"
@@ -39,7 +39,8 @@ class Steps:
         devices = jax.devices()
         dataset = dataset_of(config.dataset, config.data_dir)
         network = network_of(config, dataset, len(devices))
-        self._state, self._step = training_of(config, dataset, network, NUM_TRAIN, devices)
+        draw, self._step = training_of(config, dataset, network, NUM_TRAIN, devices)
+        self._state = init_state(draw, config.seed, devices)
         size = config.transfer_size or config.batch_size
         rng = np.random.default_rng(0)
         images = rng.integers(0, 256, (size, *image_shape_of(config, dataset)), np.uint8)

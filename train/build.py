@@ -1,6 +1,7 @@
 """The parts of a run, made from its options."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -14,8 +15,8 @@ from train.data import Dataset
 from train.models import make_model
 from train.optimizers import Optimizer, make_optimizer
 from train.schedules import make_schedule
-from train.state import TrainState
-from train.step import AXIS, TrainStep, init_state
+from train.state import DrawState, draw_state
+from train.step import AXIS, TrainStep
 
 
 def image_shape_of(config: Config, dataset: Dataset) -> tuple[int, int, int]:
@@ -106,8 +107,8 @@ def training_of(
     network: nn.Module,
     num_train: int,
     devices: Sequence[jax.Device],
-) -> tuple[TrainState, TrainStep]:
-    """Makes the initial state and the training step.
+) -> tuple[DrawState, TrainStep]:
+    """Makes what draws the initial state, and the training step.
 
     Args:
         config: the options.
@@ -130,12 +131,11 @@ def training_of(
         label_smoothing=config.label_smoothing,
         seed=config.seed,
     )
-    state = init_state(
-        network,
-        image_shape_of(config, dataset),
-        optimizer.transformation,
-        config.seed,
-        devices,
-        config.ema_decay,
+    draw = functools.partial(
+        draw_state,
+        model=network,
+        image_shape=image_shape_of(config, dataset),
+        transformation=optimizer.transformation,
+        ema_decay=config.ema_decay,
     )
-    return state, TrainStep(body, devices)
+    return draw, TrainStep(body, devices)

@@ -22,7 +22,7 @@ from train.plots import plot_curves
 from train.progress import TrainingProgress
 from train.run_folder import CHECKPOINTS
 from train.setup import Prepared
-from train.step import replicate
+from train.step import init_state, replicate
 
 
 def train(prepared: Prepared) -> None:
@@ -85,9 +85,10 @@ class _Run:
         self._interruption = interruption
         self._num_train = len(prepared.train_examples)
         devices = jax.devices()
-        self._state, self._train_step = training_of(
+        draw, self._train_step = training_of(
             self._config, prepared.dataset, prepared.network, self._num_train, devices
         )
+        self._state = init_state(draw, self._config.seed, devices)
         self.evaluation: dict[str, float] = {}
         found = checkpoints.restore(self._state, say)
         if found is not None:

@@ -1,7 +1,10 @@
 """What a step changes: weights, their average, optimizer state and BatchNorm's running averages."""
 
+from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
@@ -54,3 +57,38 @@ class TrainState(train_state.TrainState):
             batch_stats=batch_stats,
             ema_params=ema_params,
         )
+
+
+DrawState = Callable[[jax.Array], TrainState]
+"""Makes an initial state from a key."""
+
+
+def draw_state(
+    key: jax.Array,
+    *,
+    model: nn.Module,
+    image_shape: tuple[int, int, int],
+    transformation: optax.GradientTransformation,
+    ema_decay: float | None = None,
+) -> TrainState:
+    """Draws the initial parameters, and makes the state that goes with them.
+
+    Args:
+        key: the same key gives the same parameters.
+        model: the network.
+        image_shape: height, width and channels of an image.
+        transformation: the optimizer.
+        ema_decay: decay rate of the moving average of the weights; None for no average.
+    """
+    variables = model.init(key, jnp.zeros((1, *image_shape)), train=False)
+    state = TrainState.create(
+        apply_fn=model.apply,
+        params=variables["params"],
+        tx=transformation,
+        batch_stats=variables["batch_stats"],
+        ema_params=None if ema_decay is None else variables["params"],
+        ema_decay=ema_decay,
+    )
+    # Flax's 0 has a weak type, which a checkpoint does not keep: a run that goes on would compile
+    # another program than the one that began it.
+    return state.replace(step=jnp.zeros((), jnp.int32))

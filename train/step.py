@@ -10,56 +10,28 @@ import functools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from train.body import Batch, EvalBody, Metrics, Sums, TrainBody
-from train.state import TrainState
+from train.state import DrawState, TrainState
 
 AXIS = "devices"
 
 
-def init_state(
-    model: nn.Module,
-    image_shape: tuple[int, int, int],
-    transformation: optax.GradientTransformation,
-    seed: int,
-    devices: Sequence[jax.Device],
-    ema_decay: float | None = None,
-) -> TrainState:
-    """Draws the initial parameters and copies the state to every device.
+def init_state(draw: DrawState, seed: int, devices: Sequence[jax.Device]) -> TrainState:
+    """Draws the initial state and copies it to every device.
 
     Args:
-        model: the network.
-        image_shape: height, width and channels of an image.
-        transformation: the optimizer.
+        draw: makes the state from a key.
         seed: the same seed gives the same parameters.
         devices: those of all processes.
-        ema_decay: decay rate of the moving average of the weights; None for no average.
     """
-    images = jnp.zeros((1, *image_shape))
-
-    def init(key: jax.Array) -> TrainState:
-        variables = model.init(key, images, train=False)
-        state = TrainState.create(
-            apply_fn=model.apply,
-            params=variables["params"],
-            tx=transformation,
-            batch_stats=variables["batch_stats"],
-            ema_params=None if ema_decay is None else variables["params"],
-            ema_decay=ema_decay,
-        )
-        # Flax's 0 has a weak type, which a checkpoint does not keep: a run that goes on would
-        # compile another program than the one that began it.
-        return state.replace(step=jnp.zeros((), jnp.int32))
-
     # Under jit, because one compilation is faster than one for each operation; with little
     # optimisation, for it runs once, and a CPU takes several seconds for better.
-    init = jax.jit(init, compiler_options={"xla_backend_optimization_level": 1})
-    return replicate(init(jax.random.key(seed)), devices)
+    jitted = jax.jit(draw, compiler_options={"xla_backend_optimization_level": 1})
+    return replicate(jitted(jax.random.key(seed)), devices)
 
 
 def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:

@@ -11,6 +11,7 @@ from train.body import Accumulation, TrainBody
 from train.data import DATASETS
 from train.models import densenet, resnet
 from train.optimizers import make_optimizer
+from train.state import draw_state
 from train.step import AXIS, TrainStep, init_state, shard
 
 BATCH_SIZE = 32
@@ -92,9 +93,14 @@ def make(setting=SETTING):
 
 def new_state(setting=SETTING):
     transformation = make(setting)[0].transformation
-    return init_state(
-        setting.model, SHAPE, transformation, setting.seed, setting.devices, setting.ema_decay
+    draw = functools.partial(
+        draw_state,
+        model=setting.model,
+        image_shape=SHAPE,
+        transformation=transformation,
+        ema_decay=setting.ema_decay,
     )
+    return init_state(draw, setting.seed, setting.devices)
 
 
 def batch_of(step):

@@ -1,5 +1,7 @@
 """Micro-batches, pieces, groups of devices and dropout in a training step."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ from tests.train.steps import (
     run,
     take_step,
 )
+from train.state import draw_state
 from train.step import init_state
 
 pytestmark = pytest.mark.usefixtures("compiled_fast")
@@ -118,7 +121,11 @@ def test_dropout_has_other_masks_in_each_step_piece_and_device():
             return x
 
     setting = Setting(num_devices=2, name="sgd", pieces=2)
-    state = init_state(Recorder(), SHAPE, make(setting)[0].transformation, 0, setting.devices)
+    transformation = make(setting)[0].transformation
+    draw = functools.partial(
+        draw_state, model=Recorder(), image_shape=SHAPE, transformation=transformation
+    )
+    state = init_state(draw, setting.seed, setting.devices)
     for i in range(2):
         state, _ = take_step(state, batch_of(i), setting)
     jax.effects_barrier()

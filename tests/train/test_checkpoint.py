@@ -18,7 +18,7 @@ def new_state(value, **options):
         tx=optax.adam(0.1),
         batch_stats={"mean": jnp.full(3, value)},
         **options,
-    ).replace(step=jnp.int32(0))  # As `init_state` makes it.
+    ).replace(step=jnp.int32(0))  # As `draw_state` makes it.
 
 
 def evaluation_of(accuracy):
