@@ -5,17 +5,15 @@ import math
 import typing
 from pathlib import Path
 
-import jax
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.train.commands import lines_of
+from tests.train.commands import lines_of, run_here
 from train.config import Config
 from train.configs import CONFIGS
 from train.data import DATASETS, dataset_of
 from train.errors import RunError
-from train.loop import train
 from train.models import MODELS
 from train.optimizers import OptimizerName
 from train.schedules import ScheduleName
@@ -140,9 +138,8 @@ def test_what_is_taken_trains(data_dir, tmp_path_factory, full):
             assert_refusal(error)
             assert not workdir.exists()
             return
-        jax.clear_caches()  # Sixty compiled networks are many.
         try:
-            train(prepared)
+            run_here(prepared)
         except RunError as error:
             # A learning rate of 1e30 is nobody's mistake but the user's.
             assert_refusal(error, "is not finite")

@@ -4,10 +4,9 @@ import dataclasses
 
 import pytest
 
-from tests.train.commands import lines_of
+from tests.train.commands import lines_of, run_here
 from train.configs import CONFIGS
 from train.errors import RunError
-from train.loop import train
 from train.setup import prepare
 
 pytestmark = pytest.mark.faults
@@ -50,7 +49,7 @@ def broken_run(data_dir, tmp_path):
 def test_bad_examples_are_passed_over_and_counted(broken_run):
     run = broken_run(max_bad_examples=2)
 
-    train(run)
+    run_here(run)
 
     *lines, evaluation = lines_of(run.config.workdir)
     # Nine batches are three passes and nine images more, one of which may be bad, too.
@@ -64,4 +63,4 @@ def test_bad_example_ends_the_run(broken_run):
     run = broken_run()
 
     with pytest.raises(RunError, match=r"^example (7|900) cannot be read\."):
-        train(run)
+        run_here(run)

@@ -9,12 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from tests.train.commands import finish, lines_of, numbers_of, start, wait_for_step
+from tests.train.commands import finish, lines_of, numbers_of, run_here, start, wait_for_step
 from train import evaluation, loop
 from train.checkpoint import Checkpoints
 from train.configs import CONFIGS
 from train.errors import RunError
-from train.loop import train
 from train.run_folder import CHECKPOINTS
 from train.setup import prepare
 
@@ -141,7 +140,7 @@ def test_interrupted_evaluation_is_made_up_for(data_dir, tmp_path, monkeypatch):
     whole, interrupted = (
         dataclasses.replace(config, workdir=tmp_path / name) for name in ("whole", "interrupted")
     )
-    train(prepare(whole))
+    run_here(prepare(whole))
     request = Request(None)
     monkeypatch.setattr(loop, "Interruption", lambda say: request)
     eval_batches = evaluation.eval_batches
@@ -152,11 +151,11 @@ def test_interrupted_evaluation_is_made_up_for(data_dir, tmp_path, monkeypatch):
 
     monkeypatch.setattr(evaluation, "eval_batches", told_to_end)
     with pytest.raises(RunError, match="interrupted after step 3 of 6") as error:
-        train(prepare(interrupted))
+        run_here(prepare(interrupted))
     assert error.value.exit_code == 143
     assert [line["step"] for line in lines_of(interrupted.workdir)] == [1, 2, 3]
     monkeypatch.undo()
 
-    train(prepare(interrupted))
+    run_here(prepare(interrupted))
 
     assert numbers_of(interrupted.workdir) == numbers_of(whole.workdir)

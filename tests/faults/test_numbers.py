@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import clars_optax
-from tests.train.commands import lines_of, numbers_of
+from tests.train.commands import lines_of, numbers_of, run_here
 from train import body
 from train.body import Accumulation, Sums, TrainBody
 from train.checkpoint import Checkpoints
@@ -17,7 +17,6 @@ from train.configs import CONFIGS
 from train.data import DATASETS
 from train.errors import RunError
 from train.finite import describe
-from train.loop import train
 from train.optimizers import make_optimizer
 from train.run_folder import CHECKPOINTS
 from train.setup import prepare
@@ -132,10 +131,7 @@ def config(data_dir, tmp_path):
 
 
 def run(config):
-    # As in a process of its own; a program that is traced a second time in one may come out
-    # another, and then what was compiled does not serve it.
-    jax.clear_caches()
-    train(prepare(config))
+    run_here(prepare(config))
 
 
 def poison(monkeypatch, steps=(4, 5, 7)):

@@ -1,4 +1,4 @@
-"""`python -m train` in processes of its own, as a user runs it."""
+"""`python -m train` in processes of its own, as a user runs it, or in this one."""
 
 import json
 import os
@@ -6,6 +6,20 @@ import socket
 import subprocess
 import sys
 import time
+
+import jax
+
+from train.loop import train
+
+
+def run_here(prepared):
+    """Trains in this process.
+
+    A program that a process traces for a second time may come out another, and what was compiled
+    before does not serve it: so it forgets.
+    """
+    jax.clear_caches()
+    train(prepared)
 
 
 def start(*options, num_devices=8):
