@@ -11,9 +11,8 @@ import re
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -130,19 +129,15 @@ def profile(make: Variant, model: str, batch_size: int | None, num_runs: int) ->
             for _ in range(num_runs):
                 run()
         (path,) = Path(folder).rglob("*.xplane.pb")
-        kernels = list(kernels_in(jax.profiler.ProfileData.from_file(str(path)).planes))
+        kernels = list(kernels_in(jax.profiler.ProfileData.from_file(str(path))))
     if not kernels:
         raise RuntimeError(f"The profiler saw no kernel on {jax.devices()[0].device_kind}.")
     return Profile(wall, kernels, num_runs, sources_of(str(compiled.function.as_text())))
 
 
-def kernels_in(planes: Iterable[Any]) -> Iterator[Kernel]:
-    """What ran on a GPU, or in the threads of a CPU.
-
-    Args:
-        planes: those of `jax.profiler.ProfileData`.
-    """
-    for plane in planes:
+def kernels_in(data: jax.profiler.ProfileData) -> Iterator[Kernel]:
+    """What ran on a GPU, or in the threads of a CPU."""
+    for plane in data.planes:
         is_gpu = plane.name.startswith("/device:GPU:")
         for line in plane.lines:
             # Other lines of a GPU sum up what is in its streams.
