@@ -92,7 +92,9 @@ def test_signal_leaves_a_checkpoint_of_all_that_was_done(number, code, run, whol
         f"python -m train: interrupted after step {done} of 20, of which there is a checkpoint. "
         "Go on with the same command."
     )
-    assert checkpoints_of(tmp_path)[0][-1] == done
+    *evaluated, last = checkpoints_of(tmp_path)[0]
+    assert last == done
+    assert all(step % 5 == 0 for step in evaluated)  # An epoch has five steps.
 
     (output,) = finish(run(tmp_path))
     assert f"going on from step {done}" in output
