@@ -4,6 +4,7 @@
 """
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 
@@ -31,11 +32,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name in options.models:
         problem = problem_of(name, options.batch_size)
         print(f"{name} ...", file=sys.stderr, flush=True)
-        base = plan_of(plain(problem), problem.args, target)
+        plan_for = functools.partial(
+            plan_of,
+            args=problem.args,
+            target=target,
+            batch_argnums=problem.batch_argnums,
+            num_devices=options.num_devices,
+        )
+        base = plan_for(plain(problem))
         lines.append((f"**{name}**, N={problem.batch_size}", "plain", *cells(base)))
         for variant in options.variants:
             print(f"{name}: {variant} ...", file=sys.stderr, flush=True)
-            plan = plan_of(VARIANTS[variant](problem), problem.args, target)
+            plan = plan_for(VARIANTS[variant](problem))
             lines.append(("", variant, *(_ratio(plan[key], base[key]) for key in base)))
     print(f"{machine(with_load=False)}; compiled for {device.device_kind}\n")
     print(table(("model", "variant", *base), lines))
@@ -64,6 +72,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--variants", nargs="+", choices=VARIANTS, default=["exact"], metavar="NAME"
     )
     parser.add_argument("--batch-size", type=int, help="default: the model's")
+    parser.add_argument(
+        "--num-devices",
+        type=int,
+        default=1,
+        help="under `jit`, share the batch out among so many, up to eight GPUs or four TPUs; the "
+        "numbers are for one of them (default: 1)",
+    )
     return parser.parse_args(arguments)
 
 

@@ -107,39 +107,49 @@ class Target:
             sys.exit(str(error))
 
     @contextmanager
-    def pretended(self) -> Iterator[None]:
-        """Lets the library choose its ways for such a device; its kernels cannot be tried out."""
+    def pretended(self, num_devices: int = 1) -> Iterator[None]:
+        """Lets the library choose its ways for such devices; its kernels cannot be tried out."""
         with (
             mock.patch.object(jax, "default_backend", return_value=self.backend),
-            mock.patch.object(jax, "device_count", return_value=1),
+            mock.patch.object(jax, "device_count", return_value=num_devices),
             mock.patch.object(_fused, "is_right", return_value=True),
         ):
             yield
 
 
 def plan_of(
-    function: Callable[..., Any], args: Sequence[Any], target: Target, *, is_image: bool = False
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    target: Target,
+    *,
+    batch_argnums: Sequence[int] = (),
+    num_devices: int = 1,
+    is_image: bool = False,
 ) -> Plan:
-    """Compiles a function for one device.
+    """Compiles a function.
 
     Args:
         function: takes the arguments.
         args: arrays, or types of arrays.
         target: the kind of device.
+        batch_argnums: positions of the arguments that are shared out among the devices.
+        num_devices: the numbers are those of one of so many.
         is_image: whether arguments of four axes are images `[N, H, W, C]`, to be laid out as the
             target's own convolutions leave them.
     """
-    mesh = Mesh(target.devices()[:1], ("device",))
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    mesh = Mesh(target.devices()[:num_devices], ("device",))
 
-    def placed(x: Any) -> Any:
-        where: Any = everywhere
+    def placed(position: int, x: Any) -> Any:
+        is_batch = position in batch_argnums
+        where: Any = NamedSharding(mesh, PartitionSpec("device" if is_batch else None))
         if is_image and target.image_layout and x.ndim == 4 and x.shape[-1] >= _CHANNELS:
-            where = Format(Layout(target.image_layout), everywhere)
+            where = Format(Layout(target.image_layout), where)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
-    types = jax.tree.map(placed, args)
-    with target.pretended(), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    types = [
+        jax.tree.map(functools.partial(placed, position), arg) for position, arg in enumerate(args)
+    ]
+    with target.pretended(num_devices), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         compiled = jax.jit(function).lower(*types).compile(compiler_options=target.options)
     return target.read(compiled)
 
@@ -162,7 +172,7 @@ def _read_tpu(compiled: Any) -> Plan:
 
 def _gpu() -> Any:
     return topologies.get_topology_desc(
-        "h100", platform="cuda", target_config=_H100, topology="1x1x1"
+        "h100", platform="cuda", target_config=_H100, topology="1x1x8"
     )
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
 
+import clars_optax
 from benchmarks import plan
 from benchmarks.targets import TARGETS, Target, plan_of
 from clars_optax.norms._rules import _depthwise, _kernel
@@ -27,7 +28,7 @@ def test_without_the_compiler_it_says_what_to_install(monkeypatch, device, extra
 
 def test_what_needs_no_memory_has_no_ratio(monkeypatch, capsys):
     plans = iter([{"memory": 0, "cycles": 2e6}, {"memory": 3e6, "cycles": 5e6}])
-    monkeypatch.setattr(plan, "plan_of", lambda *args: next(plans))
+    monkeypatch.setattr(plan, "plan_of", lambda *args, **options: next(plans))
     monkeypatch.setattr(Target, "devices", lambda target: jax.devices()[:1])
     plan.main(["--models", "mlp", "--device", "v5e", "--batch-size", "2"])
     *_, of_plain, of_exact = capsys.readouterr().out.splitlines()
@@ -44,6 +45,20 @@ def test_table(capsys):
     memory, traffic, _ = (float(cell) for cell in of_exact.split("|")[3:-1])
     assert 0.5 < memory < 1.5
     assert 1 <= traffic < 1.5
+
+
+@pytest.mark.cuda
+def test_a_batch_that_is_shared_out_costs_each_device_its_share():
+    step = clars_optax.value_and_grad_and_norms(
+        lambda w, x: jnp.mean(jnp.sum(jnp.tanh(x @ w), axis=(1, 2)))
+    )
+
+    def traffic(size, num_devices):
+        args = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((128, 256), (size, 196, 128))]
+        sharing = {"batch_argnums": [1], "num_devices": num_devices}
+        return plan_of(step, args, TARGETS["h100"], **sharing)["traffic"]
+
+    assert traffic(1024, 4) < 1.1 * traffic(256, 1)
 
 
 @pytest.mark.tpu
@@ -82,10 +97,16 @@ def test_kernels_become_machine_code(geometry, dtype):
         kernel = _depthwise.gradients_of_groups
         written = _depthwise.Cuts.of(geometry).parts * geometry.groups * gradients
     else:
-        kernel = functools.partial(_kernel.weight_gradient_and_squares, scale=1.0, precision=None)
-        tiles = _kernel.Tiles.of(geometry, x.dtype.itemsize)
+        sides = _kernel.Sides.of(geometry, x.dtype.itemsize)
+        kernel = functools.partial(
+            _kernel.weight_gradient_and_squares, sides=sides, scale=1.0, precision=None
+        )
+        tiles = _kernel.Tiles.of(geometry, sides)
         written = tiles.parts * gradients + 4 * tiles.number * geometry.groups
-    run = functools.partial(kernel, geometry, interpret=False)
+
+    def run(x, g):
+        return kernel(geometry, x=x, g=g, interpret=False)
+
     planned = plan_of(run, (x, g), TARGETS["h100"])
     read = (x.size + g.size) * x.dtype.itemsize
     # The image of few channels is padded first; sums of programs are written, and read again.

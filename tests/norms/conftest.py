@@ -1,6 +1,22 @@
 import pytest
 
+from clars_optax.norms import _taps, _transform
+from tests.norms.interpreted import INTERPRETED, make_problem
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiled_fast(compiled_fast):
     pass
+
+
+@pytest.fixture
+def problem():
+    """Parameters and a batch for `network`."""
+    return make_problem()
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Lets the kernels run in the interpreter, wherever they can."""
+    for module in (_taps, _transform):
+        monkeypatch.setattr(module, "platform", lambda: INTERPRETED)

@@ -66,7 +66,7 @@ class Cuts:
 
 def gradients_of_groups(
     geometry: Geometry, x: jax.Array, g: jax.Array, *, interpret: bool
-) -> jax.Array:
+) -> tuple[jax.Array]:
     """Runs the kernel.
 
     Args:
@@ -76,7 +76,7 @@ def gradients_of_groups(
       interpret: whether Pallas's interpreter runs it, on any device.
 
     Returns:
-      The gradients `[G, taps, B * P]`, float32.
+      The gradients `[G, taps, B * P]`, float32, in a tuple.
     """
     # Here, so that the library can be imported where Pallas cannot.
     from jax.experimental import pallas as pl
@@ -133,4 +133,4 @@ def gradients_of_groups(
         name="depthwise_gradients",
     )
     (sums,) = call(x.reshape(-1), g.reshape(-1))
-    return sums.reshape(shape).sum(0)
+    return (sums.reshape(shape).sum(0),)

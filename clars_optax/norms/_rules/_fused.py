@@ -1,5 +1,6 @@
 """Fused: the norms, and the weight gradient with them, in one pass, by kernels for GPUs."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from clars_optax.norms._rules._depthwise import Cuts, gradients_of_groups
-from clars_optax.norms._rules._geometry import Geometry, padded
-from clars_optax.norms._rules._kernel import Tiles, weight_gradient_and_squares
+from clars_optax.norms._rules._geometry import Geometry
+from clars_optax.norms._rules._kernel import Sides, Tiles, weight_gradient_and_squares
 from clars_optax.norms._rules._products import squared, sum_of_rows
+from clars_optax.norms._rules._shares import Kernel, is_shared_out, shared_out
 from clars_optax.norms._rules._trial import is_right, try_depthwise, try_products
 from clars_optax.norms._rules._ways import Platform, Squares, Way
 
@@ -44,35 +46,48 @@ def fused(
     if device.kernels == "none":
         return []
     precision = _one(precision)
-    tiles = Tiles.of(geometry, x.dtype.itemsize)
-    images = jax.eval_shape(lambda x: padded(geometry, x)[1], x) if geometry.folded else x
-    sizes = (images.size, tiles.parts * geometry.entries, tiles.number * geometry.groups)
+    sides = Sides.of(geometry, x.dtype.itemsize)
+    interpret = device.kernels == "interpreted"
+
+    run = functools.partial(
+        weight_gradient_and_squares,
+        sides=sides,
+        scale=scale,
+        precision=precision,
+        interpret=interpret,
+    )
+
+    def largest(geometry: Geometry) -> int:
+        tiles = Tiles.of(geometry, sides)
+        sizes = tiles.parts * geometry.entries, tiles.number * geometry.groups
+        return max(geometry.image_entries, geometry.cotangent_entries, *sizes)
+
+    kernel = Kernel(run, ("btdp", "n"), largest)
     # Narrower loads than of four bytes are not made ahead of time; those of a few channels cannot
     # be wider.
     widths = [geometry.outer] if geometry.folded else [geometry.outer, geometry.inner]
     if not (
-        _fits(x, g, *sizes)
+        _fits(x, g)
+        and kernel.takes(geometry)
         and not any(width * x.dtype.itemsize % 4 for width in widths)
         and (precision is None or isinstance(precision, jax.lax.Precision))
     ):
         return []
-    interpret = device.kernels == "interpreted"
-    kind = (tiles.rows, tiles.columns, tiles.uses, tiles.steps == 1, geometry.folded)
+    tiles = Tiles.of(geometry, sides)
+    kind = (*sides, tiles.steps == 1, geometry.folded)
     if not (interpret or is_right(try_products, *kind, x.dtype.name, precision)):
         return []
 
-    def kernel(x: jax.Array, g: jax.Array) -> Squares:
-        total, squares = weight_gradient_and_squares(
-            geometry, x, g, scale=scale, precision=precision, interpret=interpret
-        )
+    def placed(total: jax.Array, squares: jax.Array) -> Squares:
         return Squares(squares, place(total))
 
-    run = _guarded(kernel, direct, interpret)
-    uses = 1.0 * geometry.groups * tiles.steps * tiles.uses
-    loaded = x.dtype.itemsize * uses * tiles.number * (tiles.rows + tiles.columns)
+    way = _guarded(kernel, placed, geometry, direct, interpret)
+    uses = 1.0 * geometry.groups * tiles.steps * sides.uses
+    loaded = x.dtype.itemsize * uses * tiles.number * (sides.rows + sides.columns)
     # Products go on while operands are loaded, and both while memory gives them; the ordinary
     # weight gradient waits for memory as well.
-    read = device.flops_per_byte * (images.size * x.dtype.itemsize + g.nbytes)
+    image_bytes = x.dtype.itemsize * geometry.image_entries
+    read = device.flops_per_byte * (image_bytes + g.nbytes)
     flops = max(
         device.kernel_factor * 2 * uses * tiles.entries,
         device.flops_per_byte * loaded / device.cache_factor,
@@ -80,9 +95,9 @@ def fused(
     )
     written = 4.0 * (tiles.parts * geometry.entries + geometry.groups * tiles.number)
     if geometry.folded:
-        written += images.size * x.dtype.itemsize
+        written += image_bytes
     saved = max(2.0 * geometry.groups * geometry.uses * geometry.entries, read)
-    return [Way("Fused", flops, 0.0, 2 * written, lambda: run(x, g), saved=saved)]
+    return [Way("Fused", flops, 0.0, 2 * written, lambda: way(x, g), saved=saved)]
 
 
 def fused_depthwise(
@@ -108,18 +123,25 @@ def fused_depthwise(
     """
     if device.kernels == "none":
         return []
-    cuts = Cuts.of(geometry)
-    if not _fits(x, g, cuts.parts * geometry.groups * geometry.entries):
-        return []
     interpret = device.kernels == "interpreted"
+
+    run = functools.partial(gradients_of_groups, interpret=interpret)
+
+    def largest(geometry: Geometry) -> int:
+        rows = Cuts.of(geometry).parts * geometry.groups * geometry.entries
+        return max(geometry.image_entries, geometry.cotangent_entries, rows)
+
+    kernel = Kernel(run, ("ntc",), largest)
+    if not (_fits(x, g) and kernel.takes(geometry)):
+        return []
+    cuts = Cuts.of(geometry)
     if not (interpret or is_right(try_depthwise, cuts.channels, cuts.taps, x.dtype.name)):
         return []
 
-    def kernel(x: jax.Array, g: jax.Array) -> Squares:
-        rows = gradients_of_groups(geometry, x, g, interpret=interpret)
+    def summed(rows: jax.Array) -> Squares:
         return Squares(squared(rows * scale), place(sum_of_rows(rows)))
 
-    run = _guarded(kernel, direct, interpret)
+    way = _guarded(kernel, summed, geometry, direct, interpret)
     rows_bytes = 4.0 * geometry.groups * geometry.entries
     flops = 2.0 * geometry.groups * geometry.uses * geometry.entries
     return [
@@ -128,32 +150,57 @@ def fused_depthwise(
             device.kernel_factor * flops,
             0.0,
             (2 * cuts.parts + 3) * rows_bytes,
-            lambda: run(x, g),
+            lambda: way(x, g),
             saved=flops,
         )
     ]
 
 
-def _guarded(kernel: Direct, direct: Direct, interpret: bool) -> Direct:
-    """The kernel, but for derivatives and on other kinds of devices `direct`."""
+def _guarded(
+    kernel: Kernel,
+    finish: Callable[..., Squares],
+    geometry: Geometry,
+    direct: Direct,
+    interpret: bool,
+) -> Direct:
+    """The kernel, and `direct` for derivatives and on other kinds of devices.
+
+    Where the compiler shares out the program, `direct` also takes its place under `vmap`.
+    """
+
+    def alone(x: jax.Array, g: jax.Array) -> Squares:
+        return finish(*kernel(geometry, x, g))
+
+    def on_devices(x: jax.Array, g: jax.Array) -> Squares:
+        return finish(*shared_out(kernel, geometry, x, g))
+
+    run_kernel = _unless_mapped(on_devices, direct) if is_shared_out() else alone
 
     @jax.custom_jvp
     def run(x: jax.Array, g: jax.Array) -> Squares:
         if interpret:
-            return kernel(x, g)
-        return jax.lax.platform_dependent(x, g, cuda=kernel, rocm=kernel, default=direct)
+            return run_kernel(x, g)
+        return jax.lax.platform_dependent(x, g, cuda=run_kernel, rocm=run_kernel, default=direct)
 
     run.defjvp(lambda primals, tangents: jax.jvp(direct, primals, tangents))
     return run
 
 
-def _fits(x: jax.Array, g: jax.Array, *results: float) -> bool:
-    """Whether the kernels take such arrays and results of such sizes."""
-    return (
-        x.dtype in (jnp.float32, jnp.bfloat16, jnp.float16)
-        and x.dtype == g.dtype
-        and max(x.size, g.size, *results) < 2**31  # offsets have 32 bits
-    )
+def _unless_mapped(kernel: Direct, direct: Direct) -> Direct:
+    """The kernel, but under `vmap` `direct`."""
+    run: Any = jax.custom_batching.custom_vmap(kernel)
+
+    @run.def_vmap
+    def _(_: int, is_mapped: Any, x: jax.Array, g: jax.Array) -> tuple[Squares, Any]:
+        found = jax.vmap(direct, [0 if one else None for one in is_mapped])(x, g)
+        return found, jax.tree.map(lambda _: True, found)
+
+    return run
+
+
+def _fits(x: jax.Array, g: jax.Array) -> bool:
+    """Whether the kernels take such arrays."""
+    return x.dtype in (jnp.float32, jnp.bfloat16, jnp.float16) and x.dtype == g.dtype
 
 
 def _one(precision: Any) -> Any:

@@ -91,6 +91,17 @@ class Geometry:
         return self.blocks * self.taps * self.inner * self.outer
 
     @property
+    def image_entries(self) -> int:
+        """Entries of the images, with their padding if they are padded before."""
+        pixels = [window.span if self.folded else window.pixels for window in self.windows]
+        return self.groups * self.images * math.prod(pixels) * self.blocks * self.inner
+
+    @property
+    def cotangent_entries(self) -> int:
+        """Entries of the cotangent."""
+        return self.groups * self.uses * self.blocks * self.outer
+
+    @property
     def rows(self) -> int:
         """Rows of one of the matrices that the gradient consists of; their columns are P."""
         return self.taps * self.inner if self.folded else self.inner

@@ -18,7 +18,7 @@ larger one.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,14 +29,34 @@ from clars_optax.norms._rules._geometry import Geometry, padded, row_offsets, st
 MULTIPROCESSORS = 132
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """How the work is cut.
+class Sides(NamedTuple):
+    """The size of a tile: which kernel it is.
 
     Attributes:
       rows: those of a tile of the gradient: input channels, of several taps if they are folded.
       columns: output channels of a tile.
       uses: uses of the weights that are multiplied at a time.
+    """
+
+    rows: int
+    columns: int
+    uses: int
+
+    @classmethod
+    def of(cls, geometry: Geometry, itemsize: int) -> "Sides":
+        """Chooses sizes for arrays of `itemsize` bytes an entry."""
+        # What a tile loads for an operation falls with its sides; one for an operand's 32 others.
+        rows, columns = (_side(size, 128, 32) for size in (geometry.rows, geometry.outer))
+        # A step costs as much as 32 uses more would.
+        return cls(rows, columns, _side(geometry.uses, 128 // itemsize, 32))
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How the work is cut.
+
+    Attributes:
+      sides: of a tile.
       row_tiles: tiles side by side, for one matrix.
       column_tiles: likewise.
       number: tiles of the gradient.
@@ -44,9 +64,7 @@ class Tiles:
       steps: how often so many uses are multiplied, to a group's end.
     """
 
-    rows: int
-    columns: int
-    uses: int
+    sides: Sides
     row_tiles: int
     column_tiles: int
     number: int
@@ -54,12 +72,9 @@ class Tiles:
     steps: int
 
     @classmethod
-    def of(cls, geometry: Geometry, itemsize: int) -> "Tiles":
-        """Chooses sizes for arrays of `itemsize` bytes an entry."""
-        # What a tile loads for an operation falls with its sides; one for an operand's 32 others.
-        rows, columns = (_side(size, 128, 32) for size in (geometry.rows, geometry.outer))
-        # A step costs as much as 32 uses more would.
-        uses = _side(geometry.uses, 128 // itemsize, 32)
+    def of(cls, geometry: Geometry, sides: Sides) -> "Tiles":
+        """Cuts it into tiles of a size."""
+        rows, columns, uses = sides
         row_tiles = math.ceil(geometry.rows / rows)
         column_tiles = math.ceil(geometry.outer / columns)
         number = geometry.matrices * row_tiles * column_tiles
@@ -72,12 +87,12 @@ class Tiles:
             ),
         )
         steps = math.ceil(geometry.uses / uses)
-        return cls(rows, columns, uses, row_tiles, column_tiles, number, parts, steps)
+        return cls(sides, row_tiles, column_tiles, number, parts, steps)
 
     @property
     def entries(self) -> int:
         """Entries of all tiles, those beyond the gradient's edges among them."""
-        return self.number * self.rows * self.columns
+        return self.number * self.sides.rows * self.sides.columns
 
 
 def _side(size: int, largest: int, overhead: int) -> int:
@@ -97,6 +112,7 @@ def weight_gradient_and_squares(
     x: jax.Array,
     g: jax.Array,
     *,
+    sides: Sides,
     scale: float,
     precision: Any,
     interpret: bool,
@@ -107,6 +123,7 @@ def weight_gradient_and_squares(
       geometry: where things are.
       x: the images.
       g: the cotangents, of the same dtype.
+      sides: the size of a tile.
       scale: a factor for the gradients that are squared.
       precision: that of the products.
       interpret: whether Pallas's interpreter runs it, on any device.
@@ -121,7 +138,7 @@ def weight_gradient_and_squares(
 
     if geometry.folded:
         geometry, x = padded(geometry, x)
-    tiles = Tiles.of(geometry, x.dtype.itemsize)
+    tiles = Tiles.of(geometry, sides)
     size, length = geometry.groups, math.ceil(geometry.groups / tiles.parts)
 
     def kernel(x_ref: Any, g_ref: Any, total_ref: Any, squares_ref: Any) -> None:
@@ -129,12 +146,12 @@ def weight_gradient_and_squares(
         rest, column_tile = jnp.divmod(tile, tiles.column_tiles)
         rest, row_tile = jnp.divmod(rest, tiles.row_tiles)
         block, tap = jnp.divmod(rest, geometry.matrices // geometry.blocks)
-        rows = row_tile * tiles.rows + jnp.arange(tiles.rows, dtype=jnp.int32)
-        columns = column_tile * tiles.columns + jnp.arange(tiles.columns, dtype=jnp.int32)
+        rows = row_tile * sides.rows + jnp.arange(sides.rows, dtype=jnp.int32)
+        columns = column_tile * sides.columns + jnp.arange(sides.columns, dtype=jnp.int32)
         offsets = row_offsets(geometry, rows)
 
         def gradient(group: jax.Array, step: jax.Array) -> jax.Array:
-            uses = step * tiles.uses + jnp.arange(tiles.uses, dtype=jnp.int32)
+            uses = step * sides.uses + jnp.arange(sides.uses, dtype=jnp.int32)
             x_starts, g_starts, is_inside = starts(geometry, group, block, tap, uses)
             a = triton.load(
                 x_ref.at[x_starts[:, None] + offsets[None, :]],
@@ -148,7 +165,7 @@ def weight_gradient_and_squares(
             )
             return triton.dot(a, c, trans_a=True, precision=precision)
 
-        zeros = jnp.zeros((tiles.rows, tiles.columns), jnp.float32)
+        zeros = jnp.zeros((sides.rows, sides.columns), jnp.float32)
 
         # One loop over all groups: a loop for each would wait for its first loads every time.
         def add(index: jax.Array, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -181,7 +198,7 @@ def weight_gradient_and_squares(
         interpret=interpret,
         compiler_params=triton.CompilerParams(
             # Four warps of a Hopper GPU share a product of 64 rows.
-            num_warps=tiles.rows // 16 if tiles.rows >= 64 else max(1, tiles.columns // 32),
+            num_warps=sides.rows // 16 if sides.rows >= 64 else max(1, sides.columns // 32),
             num_stages=4,
         ),
         name="weight_gradient_and_norms",

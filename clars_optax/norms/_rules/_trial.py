@@ -26,14 +26,17 @@ _THREADS = 16
 def can_run() -> bool:
     """Whether a kernel can be run where the program that is being traced will run.
 
-    On a GPU, unless the compiler is to share the program out among several devices, which
-    it cannot do with a kernel: under `jit` where there are several. Inside `pmap` and
-    `jax.shard_map` each device has its own. Where the environment variable CLARS_OPTAX_KERNEL is
-    "off", none is used.
+    On a GPU, but of several not inside a `jax.shard_map` that leaves some axes to the compiler,
+    nor where the compiler's partitioner is not Shardy. Where the environment variable
+    CLARS_OPTAX_KERNEL is "off", none is used.
     """
     if jax.default_backend() != "gpu" or os.environ.get("CLARS_OPTAX_KERNEL") == "off":
         return False
-    return jax.device_count() == 1 or jax.sharding.get_abstract_mesh().are_all_axes_manual
+    mesh = jax.sharding.get_abstract_mesh()
+    if jax.device_count() == 1 or mesh.are_all_axes_manual:
+        return True
+    # An option that JAX has while there is another one.
+    return not mesh.manual_axes and getattr(jax.config, "jax_use_shardy_partitioner", True)
 
 
 @contextmanager
@@ -139,6 +142,7 @@ def try_products(
     run = functools.partial(
         _kernel.weight_gradient_and_squares,
         geometry,
+        sides=_kernel.Sides(rows, columns, uses),
         scale=1.0,
         precision=precision,
         interpret=False,
@@ -180,7 +184,7 @@ def try_depthwise(channels: int, taps: int, dtype: str) -> None:
     x, g = _draw((window.pixels, channels), (positions, channels))
     gradients = np.stack([np.sum(a * g, axis=1) for a in _met(x, window)], axis=1)
     run = functools.partial(_depthwise.gradients_of_groups, geometry, interpret=False)
-    (found,) = _run(lambda x, g: [run(x, g)], dtype, x, g)
+    (found,) = _run(run, dtype, x, g)
     if not np.array_equal(found, gradients):
         raise RuntimeError(f"Its results for depthwise kernels in {dtype} are wrong.")
 
