@@ -486,5 +486,10 @@ def test_needs_a_gpu_and_a_program_that_is_shared_out_in_one_way(monkeypatch):
             )
         )(jnp.zeros(2))
         assert set(seen) == {expected}
+    jax.config.update("jax_use_shardy_partitioner", False)
+    try:
+        assert platform().kernels == "none"
+    finally:
+        jax.config.update("jax_use_shardy_partitioner", True)
     monkeypatch.setenv("CLARS_OPTAX_KERNEL", "off")
     assert platform().kernels == "none"
