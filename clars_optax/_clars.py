@@ -123,6 +123,16 @@ def scale_by_clars(
       >>> updates, _ = tx.update(example_grads.mean(0), tx.init(w), w, example_grad_norms=norms)
       >>> [f"{u:.3f}" for u in updates]  # half of the gradient [3, 9]
       ['1.500', '4.500']
+
+      In a chain, biases and scales are masked out, since it scales every leaf:
+
+      >>> import optax
+      >>> tx = optax.chain(
+      ...     optax.trace(decay=0.9),
+      ...     optax.masked(clars_optax.scale_by_clars(), clars_optax.default_mask),
+      ...     optax.scale_by_learning_rate(2.0),
+      ... )
+      >>> _ = tx.update(w, tx.init(w), w, example_grad_norms=norms)
     """
     check_non_negative(
         trust_coefficient=trust_coefficient, max_trust_ratio=max_trust_ratio, eps=eps

@@ -31,7 +31,16 @@ def _cli(arguments: Sequence[str], default: Config) -> Config:
 
 def main() -> None:
     """Runs the command line."""
-    config = parse(sys.argv[1:])
+    try:
+        _run(parse(sys.argv[1:]))
+    except jax.errors.JaxRuntimeError as error:
+        description = processes.describe(error)
+        if description is None:
+            raise
+        _exit(description, 1)
+
+
+def _run(config: Config) -> None:
     try:
         validate_cluster(config)
         processes.join(config)
@@ -50,11 +59,6 @@ def main() -> None:
         _exit(error, error.exit_code)
     except OSError as error:
         _exit(f"{error}. The last checkpoint is safe: the same command goes on from it.", 1)
-    except jax.errors.JaxRuntimeError as error:
-        loss = processes.describe_loss(error)
-        if loss is None:
-            raise
-        _exit(loss, 1)
 
 
 def _say(problem: object) -> None:

@@ -16,6 +16,7 @@ import clars_optax
 from train.data import Dataset
 from train.finite import finite_leaves
 from train.optimizers import Optimizer
+from train.schedules import advanced
 from train.state import TrainState
 
 Batch = dict[str, Any]
@@ -138,8 +139,9 @@ class TrainBody:
     def finish(self, state: TrainState, sums: Sums) -> tuple[TrainState, Metrics]:
         """Takes the step when all pieces are through: here the devices meet, and in BatchNorm.
 
-        Where something is not finite, nothing but the count of steps changes, and "finite" in the
-        metrics says what it was: by the name of a tree, what `finite_leaves` finds of it.
+        Where something is not finite, nothing but the count of steps changes, which the learning
+        rate goes by, and "finite" in the metrics says what it was: by the name of a tree, what
+        `finite_leaves` finds of it.
         """
         pieces = self.accumulation.pieces
         groups = max(self.accumulation.num_norm_examples // self.accumulation.group_size, 1)
@@ -181,7 +183,9 @@ class TrainBody:
         finite["weights"] = finite_leaves(updated.params) | ~causes
         all_finite = causes & jnp.all(finite["weights"])
         kept = jax.tree.map(lambda new, old: jnp.where(all_finite, new, old), updated, state)
-        return kept.replace(step=updated.step), {**metrics, "finite": finite}
+        opt_state = advanced(kept.opt_state, 1 - all_finite.astype(jnp.int32))
+        kept = kept.replace(step=updated.step, opt_state=opt_state)
+        return kept, {**metrics, "finite": finite}
 
     def _of_piece(self, state: TrainState, batch: Batch, index: jax.Array, num_norms: int) -> Sums:
         # Each device differentiates with respect to a copy of its own: where shard_map knows the
@@ -238,7 +242,7 @@ def make_eval_body(dataset: Dataset, axis_name: str) -> EvalBody:
 
     def body(state: TrainState, batch: Batch) -> Metrics:
         logits = state.apply_fn(
-            {"params": state.eval_params, "batch_stats": state.batch_stats},
+            state.eval_variables,
             normalise(batch["image"], dataset),
             train=False,
         ).astype(jnp.float32)

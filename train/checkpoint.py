@@ -303,7 +303,7 @@ def _arrays(state: TrainState) -> dict[str, Any]:
         "params": state.params,
         "batch_stats": state.batch_stats,
         "opt_state": state.opt_state,
-        "ema_params": state.ema_params,
+        "ema": state.ema,
     }
 
 

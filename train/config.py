@@ -75,8 +75,8 @@ class Config:
             use.
         max_trust_ratio: Upper bound of the trust ratios. None: likewise.
         label_smoothing: Share of each label that is spread evenly over all classes.
-        ema_decay: Decay rate per step of a moving average of the weights, which is then what is
-            evaluated. None: no average.
+        ema_decay: Decay rate per step of moving averages of the weights and of BatchNorm's running
+            averages, which are then what is evaluated. None: no averages.
         group_size: For clars and lena: consecutive examples of a device whose mean gradient counts
             as one example's. With 1 it is the paper's formula, with 8 what its authors' code does.
         num_norm_examples: For clars and lena: examples of each batch whose gradient norms are

@@ -48,7 +48,7 @@ def make_evaluation(prepared: Prepared, devices: Sequence[jax.Device]) -> Evalua
                 batch = next(batches, None)
             if batch is None:
                 break
-            if interruption.requested:
+            if interruption.reached():
                 return None
             batch.pop("bad_examples")  # Those of all processes are what is missing in the end.
             of_batch = jax.device_get(eval_step(state, shard(batch, devices)))

@@ -16,7 +16,7 @@ class Interruption:
     """Notes the signals while a run is under way; a second Ctrl-C ends the process at once.
 
     Signals are noticed while JAX compiles or computes, too: Python's own handlers wait until that
-    is over. Processes that are joined by `jax.distributed` end together, after the same step.
+    is over. Processes that are joined by `jax.distributed` end together, in the same place.
 
     Args:
         say: takes the line that tells the user what happens.
@@ -26,26 +26,21 @@ class Interruption:
         self._say = say
         self._first: int | None = None
         self._together = jax.distributed.is_initialized()
+        self._asked = 0
+        self._is_reached = False
 
     @property
     def exit_code(self) -> int:
         """128 and the number of the signal."""
         return 128 + (self._first or signal.SIGTERM)
 
-    @property
-    def requested(self) -> bool:
-        """Whether this process shall end and may do so by itself."""
-        return self._first is not None and not self._together
-
-    def reached(self, step: int) -> bool:
-        """Whether the run shall end with this step.
-
-        Args:
-            step: all processes must ask after every step.
-        """
-        if self._together:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self.requested
+    def reached(self) -> bool:
+        """Whether the run shall end here: all processes must ask in the same places."""
+        if self._is_reached or not self._together:
+            return self._is_reached or self._first is not None
+        self._asked += 1
+        self._is_reached = multihost_utils.reached_preemption_sync_point(self._asked)
+        return self._is_reached
 
     def __enter__(self) -> "Interruption":
         # A byte for each signal goes through the pipe, whatever the main thread is doing.

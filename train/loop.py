@@ -1,7 +1,8 @@
 """A whole run: training, evaluation, checkpoints, and what is left of it in the run folder."""
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from train.pieces import PiecesOnDevices, pieces_of
 from train.plots import plot_curves
 from train.progress import TrainingProgress
 from train.run_folder import CHECKPOINTS
+from train.schedules import advanced
 from train.setup import Prepared
 from train.step import init_state, replicate
 
@@ -30,7 +32,8 @@ def train(prepared: Prepared) -> None:
 
     Raises:
         RunError: the run cannot go on, or was told to end. There is a checkpoint of all that was
-            computed.
+            computed; with several processes, where only one of them cannot go on, at least of what
+            there was when it last evaluated.
     """
     config, devices = prepared.config, jax.devices()
     is_first = jax.process_index() == 0
@@ -104,18 +107,19 @@ class _Run:
         """Trains, evaluates and saves until all steps are done, or until it has to end."""
         if self.step and self._is_evaluated() and not self.evaluation:
             self._evaluate(writer)  # It was interrupted before.
+            self._end_if_told()
         while self.step < self._prepared.num_steps:
             self._take_step(writer, progress)
             if self._is_evaluated():
                 self._evaluate(writer)
             elif self._is_saved():
                 self._save()
-            if self._interruption.reached(self.step) and not self._is_complete():
-                self._end_early()
+            self._end_if_told()
 
     def _take_step(self, writer: metrics.MetricsWriter, progress: TrainingProgress) -> None:
         started = time.perf_counter()
-        self._state, measured = self._train_step(self._state, self._pieces)
+        with self._keeping():
+            self._state, measured = self._train_step(self._state, self._pieces)
         measured = jax.device_get(measured)
         self.step += 1
         self.evaluation = {}
@@ -155,11 +159,24 @@ class _Run:
 
     def _evaluate(self, writer: metrics.MetricsWriter) -> None:
         """Evaluates and saves, if there is time for it."""
-        evaluation = self._evaluate_state(self._state, self._interruption)
+        if jax.process_count() > 1:
+            self._save()  # Where one of them ends during it, the others cannot.
+        with self._keeping():
+            evaluation = self._evaluate_state(self._state, self._interruption)
         if evaluation is not None:
             self.evaluation = evaluation
             writer.write(self.step, {"epoch": self._epoch, **evaluation})
             self._save()
+
+    @contextlib.contextmanager
+    def _keeping(self) -> Iterator[None]:
+        """Saves the state if data cannot be read, which have not changed it."""
+        try:
+            yield
+        except RunError:
+            if jax.process_count() == 1 and self._saved < self.step:
+                self._save()
+            raise
 
     def _save(self) -> None:
         self._checkpoints.save(self._state, self.evaluation)
@@ -185,8 +202,9 @@ class _Run:
     def _is_complete(self) -> bool:
         return self.step == self._prepared.num_steps and bool(self.evaluation)
 
-    def _end_early(self) -> None:
-        """Ends the run as it was told to."""
+    def _end_if_told(self) -> None:
+        if not self._interruption.reached() or self._is_complete():
+            return
         if self._saved < self.step:
             self._save()
         self._checkpoints.wait()
@@ -200,13 +218,16 @@ class _Run:
         """Ends the run with the state before the last step, which that step has left as it was."""
         before = self.step - 1
         if self._saved < before:
-            self._state = self._state.replace(step=self._state.step - 1)
+            self._state = self._state.replace(
+                step=self._state.step - 1, opt_state=advanced(self._state.opt_state, -1)
+            )
             self._save()
         self._checkpoints.wait()
+        there_is = f", and there is a checkpoint of step {before}" if before else ""
         raise RunError(
-            f"step {self.step} is not finite: {problem}. Nothing of it was kept, and there is a "
-            f"checkpoint of step {before}. Look at the data and the learning rate; with "
-            f"--on-nonfinite skip such steps are passed over. {self._remedy}"
+            f"step {self.step} is not finite: {problem}. Nothing of it was kept{there_is}. Look at "
+            "the data and the learning rate; with --on-nonfinite skip such steps are passed over. "
+            f"{self._remedy}"
         )
 
     @property

@@ -8,6 +8,8 @@ from typing import Any, TextIO
 
 import tensorboardX
 
+from train.errors import RunError
+
 _LINES = "metrics.jsonl"
 
 
@@ -65,9 +67,23 @@ class MetricsWriter:
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """Reads the lines of `metrics.jsonl`; a last one that a kill cut off is left out."""
-    with (folder / _LINES).open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+    """Reads the lines of `metrics.jsonl`; a last one that a kill cut off is left out.
+
+    Raises:
+        RunError: another line is damaged.
+    """
+    path = folder / _LINES
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+        if line.endswith("\n"):
+            try:
+                found.append(json.loads(line))
+            except ValueError as error:
+                raise RunError(
+                    f"{path} is damaged in line {number} ({error}): take that line out, and go on "
+                    "with the same command."
+                ) from error
+    return found
 
 
 def is_eval(line: Mapping[str, Any]) -> bool:

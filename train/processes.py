@@ -1,5 +1,6 @@
 """Several processes, each with devices of its own, that train together."""
 
+import collections
 import contextlib
 import json
 import os
@@ -15,6 +16,9 @@ from jax.experimental import multihost_utils
 from train.config import Config
 from train.text import first_line
 
+# Codes of errors that no other process is to blame for.
+_DEFECTS = frozenset({"INVALID_ARGUMENT", "UNIMPLEMENTED"})
+
 
 def join(config: Config) -> None:
     """Finds the other processes, where the options or the platform name any.
@@ -23,10 +27,22 @@ def join(config: Config) -> None:
     time, it ends the process with a line of its own.
 
     Raises:
-        ValueError: "auto" on a platform that says nothing of other processes.
+        ValueError: "auto" on a platform that says nothing of other processes; or the processes
+            have different numbers of devices.
     """
     if config.coordinator is None:
         return
+    _connect(config)
+    counts = collections.Counter(device.process_index for device in jax.devices())
+    (usual, _), *_ = collections.Counter(counts.values()).most_common()
+    for index, count in counts.items():
+        if count != usual:
+            raise ValueError(
+                f"process {index} has {count} devices, but others have {usual}: give each as many."
+            )
+
+
+def _connect(config: Config) -> None:
     # JAX would end the process with a stack trace, so it gets more time than it needs.
     time_out = config.join_seconds + 60
     with _giving_up(config):
@@ -54,19 +70,51 @@ def leave() -> None:
         jax.distributed.shutdown()
 
 
-def describe_loss(error: Exception) -> str | None:
-    """Says what an error of JAX means if it comes of a process that has gone; None if it does not.
+def describe(error: Exception) -> str | None:
+    """Says what an error of JAX means, if it is no defect: None if it is.
 
     Args:
         error: what a step or an agreement with the other processes raised.
     """
-    if jax.process_count() == 1:
+    code, _, _ = str(error).partition(":")
+    if code == "RESOURCE_EXHAUSTED":
+        return (
+            f"the memory of a device is not enough ({first_line(error)}). A smaller "
+            "--microbatch-size or --transfer-size needs less."
+        )
+    if jax.process_count() == 1 or code in _DEFECTS:
         return None
     return (
         f"process {jax.process_index()} cannot go on without the other processes, of which one has "
         f"ended or cannot be reached ({first_line(error)}). Its own message says why. Start all of "
         "them again with the same commands: the run goes on from its last checkpoint."
     )
+
+
+@contextlib.contextmanager
+def refusing_together() -> Iterator[None]:
+    """Raises on every process if one of them raises a ValueError or an OSError inside.
+
+    Raises:
+        ValueError: it was raised elsewhere.
+    """
+    try:
+        yield
+    except (ValueError, OSError):
+        _is_refused(True)
+        raise
+    if refused := _is_refused(False):
+        raise ValueError(refused)
+
+
+def _is_refused(is_refused: bool) -> str | None:
+    """Says which process refuses to start, once all have said whether they do."""
+    if jax.process_count() == 1:
+        return None
+    found = multihost_utils.process_allgather(np.asarray(is_refused))
+    if not found.any():
+        return None
+    return f"process {int(np.argmax(found))} refuses to start: its message says why."
 
 
 def from_first_process(value: Any) -> Any:

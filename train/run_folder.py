@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from train.build import accumulation_of
 from train.config import Config
 from train.data import Dataset
+from train.processes import refusing_together
 
 CHECKPOINTS = "checkpoints"
 _CONFIG = "config.json"
@@ -67,62 +66,56 @@ def open_run_folder(
     workdir = config.workdir
     if workdir is None:
         workdir = Path("runs") / f"{config.config}-{datetime.now():%Y%m%d-%H%M%S}"
+    # The others look when it is there: a network's file system may remember that it was not.
+    with refusing_together():
+        if jax.process_index() == 0:
+            _make(config, workdir, record)
+    with refusing_together():
+        _check(workdir, record)
+    return workdir
+
+
+def _make(config: Config, workdir: Path, record: dict[str, Any]) -> None:
+    """Makes the folder with its record, unless a run can go on in it."""
     unfinished = workdir / f".{_CONFIG}"
-    is_new = not (workdir.exists() and any(path != unfinished for path in workdir.iterdir()))
-    # All processes look before one of them writes, and look again at what it has written.
-    _raise_together(None if is_new else _obstacle(config, workdir, record))
-    if is_new and jax.process_index() == 0:
+    if not (workdir.exists() and any(path != unfinished for path in workdir.iterdir())):
         workdir.mkdir(parents=True, exist_ok=True)
         # Renamed into place: a kill leaves the whole record or none.
         unfinished.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
         unfinished.rename(workdir / _CONFIG)
-    _raise_together(None)  # Until it is written.
-    _raise_together(_difference(workdir, record))
-    return workdir
-
-
-def _raise_together(problem: str | None) -> None:
-    """Raises on every process if one of them has a problem."""
-    if jax.process_count() > 1:
-        found = multihost_utils.process_allgather(np.asarray(problem is not None))
-        if problem is None and found.any():
-            problem = f"process {int(np.argmax(found))} refuses to start: its message says why."
-    if problem is not None:
-        raise ValueError(problem)
-
-
-def _obstacle(config: Config, workdir: Path, record: dict[str, Any]) -> str | None:
-    """Says why a run cannot go on in a folder that is not empty."""
-    if config.resume == "never":
-        return (
+    elif config.resume == "never":
+        raise ValueError(
             f"--workdir is {workdir}, but that folder is not empty: name a new one, remove it, or "
             "let the run in it go on with --resume auto."
         )
-    if not (workdir / _CONFIG).exists():
-        return (
+    elif not (workdir / _CONFIG).exists():
+        raise ValueError(
             f"--workdir is {workdir}, but that folder is not empty and holds no {_CONFIG} of a "
             "run: name a new one, or remove it."
         )
-    return _difference(workdir, record)
 
 
-def _difference(workdir: Path, record: dict[str, Any]) -> str | None:
-    """Says in what a run differs from the record in its folder."""
+def _check(workdir: Path, record: dict[str, Any]) -> None:
+    """Checks that the run is the one that is on record in its folder."""
     if not (workdir / _CONFIG).exists():
-        return (
+        raise ValueError(
             f"--workdir is {workdir}, but the {_CONFIG} that process 0 has written is not there: "
             "name a folder on a file system that all processes see."
         )
-    before = json.loads((workdir / _CONFIG).read_text(encoding="utf-8"))
+    try:
+        before = json.loads((workdir / _CONFIG).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{workdir / _CONFIG} is damaged ({error}): name a new --workdir, or put it back."
+        ) from error
     now = json.loads(json.dumps(record, default=str))
     for name in [field.name for field in dataclasses.fields(Config)] + list(_CONSEQUENCES):
         if name not in _MAY_CHANGE and before.get(name) != now[name]:
             what = _CONSEQUENCES.get(name, "--" + name.replace("_", "-"))
-            return (
+            raise ValueError(
                 f"--workdir is {workdir}, which holds a run with {what} {before.get(name)}, but "
                 f"now it is {now[name]}: name a new folder, or let the run go on as it began."
             )
-    return None
 
 
 def _record(

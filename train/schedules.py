@@ -1,8 +1,9 @@
 """The learning rate over the steps of a run."""
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
+import jax
 import optax
 
 ScheduleName = Literal["polynomial", "cosine", "step", "constant"]
@@ -24,8 +25,8 @@ def make_schedule(
 
     The first step already moves: with w steps of warm-up the rates are peak / (w + 1) times
     1, 2, ..., w, and then the peak, where the decay begins. This is the gradual warm-up of Goyal et
-    al. (2017), who start at the rate of a small batch. With t the share of the remaining steps that
-    is over:
+    al. (2017), but that they start at the rate of a batch of 256. With t the share of the remaining
+    steps that is over:
 
     ==========  ==================================================================
     polynomial  end + (peak - end) (1 - t)^2, as for LARS and CLARS
@@ -69,6 +70,24 @@ def make_schedule(
         return decay
     warmup = optax.linear_schedule(peak / (warmup_steps + 1), peak, warmup_steps)
     return optax.join_schedules([warmup, decay], [warmup_steps])
+
+
+def advanced(opt_state: Any, steps: Any) -> Any:
+    """The state of an optimizer whose schedules are so many steps further, and nothing else.
+
+    Args:
+        opt_state: the state.
+        steps: how many, int32.
+    """
+
+    def is_schedule(state: Any) -> bool:
+        return isinstance(state, optax.ScaleByScheduleState)
+
+    return jax.tree.map(
+        lambda state: state._replace(count=state.count + steps) if is_schedule(state) else state,
+        opt_state,
+        is_leaf=is_schedule,
+    )
 
 
 def _check_end(name: str, end: float, peak: float) -> None:

@@ -14,6 +14,7 @@ from train.build import image_shape_of, network_of
 from train.config import Config
 from train.data import Dataset, dataset_of
 from train.data.dataset import Example
+from train.processes import refusing_together
 from train.run_folder import open_run_folder
 from train.validation import validate, validate_with_data
 
@@ -54,11 +55,12 @@ def prepare(config: Config) -> Prepared:
             holds; then nothing has been written to it.
         FileNotFoundError: the data are not there.
     """
-    dataset = dataset_of(config.dataset, config.data_dir, config.augmentation)
-    validate(config, dataset, jax.device_count(), jax.process_count())
-    train_examples = dataset.load(config.data_dir, "train")
-    test_examples = dataset.load(config.data_dir, "test")
-    validate_with_data(config, len(train_examples))
+    with refusing_together():
+        dataset = dataset_of(config.dataset, config.data_dir, config.augmentation)
+        validate(config, dataset, jax.device_count(), jax.process_count())
+        train_examples = dataset.load(config.data_dir, "train")
+        test_examples = dataset.load(config.data_dir, "test")
+        validate_with_data(config, len(train_examples))
     network = network_of(config, dataset, jax.device_count())
     layers = _weights_by_depth(network, image_shape_of(config, dataset))
     workdir = open_run_folder(config, dataset, len(train_examples), jax.devices())

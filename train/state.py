@@ -18,18 +18,19 @@ class TrainState(train_state.TrainState):
 
     Attributes:
         batch_stats: BatchNorm's running averages.
-        ema_params: exponential moving average of `params`; None where none is kept.
-        ema_decay: its decay rate per step.
+        ema: exponential moving averages of `params` and `batch_stats`, by these names; None where
+            none are kept.
+        ema_decay: their decay rate per step.
     """
 
     batch_stats: Any
-    ema_params: Any = None
+    ema: dict[str, Any] | None = None
     ema_decay: float | None = struct.field(pytree_node=False, default=None)
 
     @property
-    def eval_params(self) -> Any:
-        """The weights to evaluate: the averaged ones where an average is kept."""
-        return self.params if self.ema_params is None else self.ema_params
+    def eval_variables(self) -> dict[str, Any]:
+        """What to evaluate, by the names of Flax: averages, where they are kept."""
+        return self.ema or {"params": self.params, "batch_stats": self.batch_stats}
 
     def apply_gradients(  # type: ignore[override]
         self, *, grads: Any, batch_stats: Any, **extra_args: Any
@@ -44,18 +45,21 @@ class TrainState(train_state.TrainState):
         """
         updates, opt_state = self.tx.update(grads, self.opt_state, self.params, **extra_args)
         params = optax.apply_updates(self.params, updates)
-        ema_params = self.ema_params
+        ema = self.ema
         if self.ema_decay is not None:
             # A smaller decay at first, as in TensorFlow's ExponentialMovingAverage: large batches
             # take few steps, and the initial weights should not outlive many of them.
             decay = jnp.minimum(self.ema_decay, (1 + self.step) / (10 + self.step))
-            ema_params = optax.incremental_update(params, ema_params, 1 - decay)
+            # BatchNorm's own averages are those of other weights.
+            ema = optax.incremental_update(
+                {"params": params, "batch_stats": batch_stats}, ema, 1 - decay
+            )
         return self.replace(
             step=self.step + 1,
             params=params,
             opt_state=opt_state,
             batch_stats=batch_stats,
-            ema_params=ema_params,
+            ema=ema,
         )
 
 
@@ -78,7 +82,8 @@ def draw_state(
         model: the network.
         image_shape: height, width and channels of an image.
         transformation: the optimizer.
-        ema_decay: decay rate of the moving average of the weights; None for no average.
+        ema_decay: decay rate of the moving averages of weights and BatchNorm's running averages;
+            None for no averages.
     """
     variables = model.init(key, jnp.zeros((1, *image_shape)), train=False)
     state = TrainState.create(
@@ -86,7 +91,9 @@ def draw_state(
         params=variables["params"],
         tx=transformation,
         batch_stats=variables["batch_stats"],
-        ema_params=None if ema_decay is None else variables["params"],
+        ema=None
+        if ema_decay is None
+        else {name: variables[name] for name in ("params", "batch_stats")},
         ema_decay=ema_decay,
     )
     # Flax's 0 has a weak type, which a checkpoint does not keep: a run that goes on would compile

@@ -1,6 +1,7 @@
 """Which options make sense, alone, with one another and with the devices and the data."""
 
 import math
+import re
 
 from train.build import network_of, optimizer_of, schedule_of
 from train.config import Config
@@ -52,6 +53,13 @@ def validate(config: Config, dataset: Dataset, num_devices: int, num_processes: 
     )
     for epoch in config.decay_epochs:
         _positive(decay_epochs=epoch)
+    for name in ("workdir", "data_dir"):
+        path = getattr(config, name)
+        if path is not None and re.match(r"[a-z][a-z0-9+.-]+:/", str(path)):
+            raise ValueError(
+                f"{_option(name)} is {path}, but must be a path, not an address: mount a file "
+                "system that has it."
+            )
     if config.epochs > MOST_EPOCHS:
         raise ValueError(
             f"--epochs is {config.epochs:g}, but must be at most {MOST_EPOCHS:,}: lower it."
@@ -111,6 +119,11 @@ def validate_with_data(config: Config, num_train: int) -> None:
         raise ValueError(
             f"--batch-size is {config.batch_size}, but the training split of {config.dataset} has "
             f"{num_train} examples: choose at most as many."
+        )
+    if config.num_steps(num_train) < 1:
+        raise ValueError(
+            f"--epochs is {config.epochs:g}, which is no step of {config.batch_size} examples: "
+            "train for longer."
         )
     schedule_of(config, num_train)
 

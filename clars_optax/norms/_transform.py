@@ -69,8 +69,9 @@ def value_and_grad_and_norms(
     Works under `jit`, with arrays that are sharded over automatic or explicit axes of a mesh (the
     loss then sees automatic ones, and must not close over sharded arrays), under `vmap`, `pmap` and
     inside `jax.shard_map`, where the parameters must be marked as varying
-    (`jax.lax.pcast(params, axis_name, to="varying")`). Over devices with equal shares of a batch,
-    `jax.lax.pmean(jax.tree.map(jnp.mean, norms), axis_name)` is exact for "mean" losses.
+    (`jax.lax.pcast(params, axis_name, to="varying")`) unless it has `check_vma=False`. Over devices
+    with equal shares of a batch, `jax.lax.pmean(jax.tree.map(jnp.mean, norms), axis_name)` is exact
+    for "mean" losses.
 
     Args:
       loss_fn: Returns a scalar loss, or a pair of a loss and auxiliary data with `has_aux`.

@@ -292,8 +292,8 @@ PARAMS = new_state(20).params
             "opt_state/0/trace/kernel: (300, 301) float32 there, nothing here",
         ),
         (
-            {"ema_params": PARAMS, "ema_decay": 0.5},
-            "ema_params/kernel: nothing there, (300, 301) float32 here",
+            {"ema": {"params": PARAMS}, "ema_decay": 0.5},
+            "ema/params/kernel: nothing there, (300, 301) float32 here",
         ),
     ],
 )

@@ -120,44 +120,100 @@ class Request:
 
     exit_code = 143
 
-    def __init__(self, say):
-        self.requested = False
+    def __init__(self):
+        self.is_told = False
 
     def __enter__(self):
+        self.is_told = False
         return self
 
     def __exit__(self, *error):
         pass
 
-    def reached(self, step):
-        return self.requested
+    def reached(self):
+        return self.is_told
+
+
+@pytest.fixture
+def config(data_dir, tmp_path):
+    """Six steps, of which three are an epoch."""
+    return dataclasses.replace(
+        CONFIGS["digits"],
+        **{"optimizer": "sgd", "batch_size": 480, "epochs": 2.0, "seed": 3},
+        **{"data_dir": data_dir, "workdir": tmp_path / "run"},
+    )
+
+
+@pytest.fixture
+def evaluated(config, tmp_path):
+    """The record of the run as it is when nothing happens."""
+    whole = dataclasses.replace(config, workdir=tmp_path / "whole")
+    run_here(prepare(whole))
+    return numbers_of(whole.workdir)
 
 
 @pytest.mark.long
-def test_interrupted_evaluation_is_made_up_for(data_dir, tmp_path, monkeypatch):
-    config = dataclasses.replace(
-        CONFIGS["digits"],
-        **{"batch_size": 480, "epochs": 2.0, "group_size": 60, "data_dir": data_dir},
-    )
-    whole, interrupted = (
-        dataclasses.replace(config, workdir=tmp_path / name) for name in ("whole", "interrupted")
-    )
-    run_here(prepare(whole))
-    request = Request(None)
-    monkeypatch.setattr(loop, "Interruption", lambda say: request)
+def test_interrupted_evaluation_is_made_up_for(config, evaluated, monkeypatch):
+    request = Request()
     eval_batches = evaluation.eval_batches
 
     def told_to_end(*args, **options):
-        request.requested = True
+        request.is_told = True
         return eval_batches(*args, **options)
 
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "Interruption", lambda say: request)
+        patch.setattr(evaluation, "eval_batches", told_to_end)
+        for _ in range(2):  # The one that makes up for it, too.
+            with pytest.raises(RunError, match="interrupted after step 3 of 6") as error:
+                run_here(prepare(config))
+            assert error.value.exit_code == 143
+            assert [line["step"] for line in lines_of(config.workdir)] == [1, 2, 3]
+
+    run_here(prepare(config))
+    assert numbers_of(config.workdir) == evaluated
+
+
+def test_last_evaluation_is_interrupted_twice(config, monkeypatch):
+    config = dataclasses.replace(config, epochs=1.0)
+    request = Request()
+    eval_batches = evaluation.eval_batches
+
+    def told_to_end(*args, **options):
+        request.is_told = True
+        return eval_batches(*args, **options)
+
+    monkeypatch.setattr(loop, "Interruption", lambda say: request)
     monkeypatch.setattr(evaluation, "eval_batches", told_to_end)
-    with pytest.raises(RunError, match="interrupted after step 3 of 6") as error:
-        run_here(prepare(interrupted))
-    assert error.value.exit_code == 143
-    assert [line["step"] for line in lines_of(interrupted.workdir)] == [1, 2, 3]
-    monkeypatch.undo()
+    for _ in range(2):
+        with pytest.raises(RunError, match="interrupted after step 3 of 3"):
+            run_here(prepare(config))
 
-    run_here(prepare(interrupted))
 
-    assert numbers_of(interrupted.workdir) == numbers_of(whole.workdir)
+class Unreadable:
+    """Examples of which one cannot be read."""
+
+    def __init__(self, examples, bad):
+        self._examples, self._bad = examples, bad
+
+    def __len__(self):
+        return len(self._examples)
+
+    def __getitem__(self, index):
+        if index == self._bad:
+            raise ValueError(f"example {index} cannot be read.")
+        return self._examples[index]
+
+
+@pytest.mark.parametrize(
+    ("split", "steps"), [("test_examples", (3,)), ("train_examples", range(3))]
+)
+def test_examples_that_cannot_be_read_leave_a_checkpoint_of_all_before(config, split, steps):
+    prepared = prepare(config)
+    broken = Unreadable(getattr(prepared, split), bad=7)
+    with pytest.raises(RunError, match=r"^example 7 cannot be read\."):
+        run_here(dataclasses.replace(prepared, **{split: broken}))
+
+    done = len(lines_of(config.workdir))
+    assert done in steps
+    assert checkpoints_of(config.workdir)[0] == ([done] if done else [])

@@ -25,6 +25,7 @@ from train.state import TrainState
 pytestmark = pytest.mark.faults
 
 PARAMS = {"head": {"bias": jnp.full(3, 0.5), "kernel": jnp.full((2, 3), 0.25)}}
+SCHEDULE = optax.linear_schedule(2.0, 1.0, 10)
 TREES = {
     "loss": 0.0,
     **dict.fromkeys(("gradient", "norms", "weights"), PARAMS),
@@ -36,7 +37,7 @@ def finish(sums):
     """The end of a step on two devices, of a state that has taken three steps."""
     optimizer = make_optimizer(
         "clars",
-        1.0,
+        SCHEDULE,
         **{"momentum": 0.9, "nesterov": False, "weight_decay": 0.1, "weight_decay_mask": "all"},
         **{"trust_coefficient": None, "max_trust_ratio": None},
         **{"batch_size": 8, "group_size": 1, "num_steps": 10},
@@ -46,12 +47,12 @@ def finish(sums):
         params=PARAMS,
         tx=optimizer.transformation,
         batch_stats={"mean": jnp.ones(2)},
-        ema_params=PARAMS,
+        ema={"params": PARAMS, "batch_stats": {"mean": jnp.ones(2)}},
         ema_decay=0.9,
-    ).replace(step=3)
+    )
+    state = state.replace(step=3, opt_state=optax.tree.set(state.opt_state, count=3))
     accumulation = Accumulation(pieces=1, piece_size=4, num_norm_examples=4)
-    schedule = optax.constant_schedule(1.0)
-    train_body = TrainBody(DATASETS["digits"], optimizer, schedule, accumulation, "devices")
+    train_body = TrainBody(DATASETS["digits"], optimizer, SCHEDULE, accumulation, "devices")
     finish = jax.vmap(train_body.finish, (None, 0), axis_name="devices", out_axes=None)
     return state, *jax.device_get(finish(state, sums))
 
@@ -105,8 +106,18 @@ def test_step_that_is_not_finite_changes_nothing_and_is_named(name, path, messag
 
     assert message in describe(metrics["finite"], TREES)
     assert after.step == 4
-    for field in ("params", "opt_state", "batch_stats", "ema_params"):
+    # But for the steps of the schedule.
+    opt_state = optax.tree.set(after.opt_state, count=3)
+    for field in ("params", "batch_stats", "ema"):
         jax.tree.map(np.testing.assert_array_equal, getattr(after, field), getattr(before, field))
+    jax.tree.map(np.testing.assert_array_equal, opt_state, before.opt_state)
+
+
+def test_learning_rate_goes_by_the_steps_that_are_counted():
+    for sums in (sums_with(), sums_with(loss=((), np.inf))):
+        _, after, metrics = finish(sums)
+        assert metrics["learning_rate"] == SCHEDULE(3)
+        assert optax.tree.get(after.opt_state, "count") == after.step == 4
 
 
 def test_many_leaves_are_counted():

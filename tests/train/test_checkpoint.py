@@ -43,8 +43,10 @@ def steps_in(folder):
 
 
 def test_round_trip(tmp_path):
-    params = new_state(1.0).params
-    state = new_state(1.0, ema_params=params, ema_decay=0.5)
+    state = new_state(1.0)
+    params = state.params
+    averaged = {"params": params, "batch_stats": state.batch_stats}
+    state = state.replace(ema=averaged, ema_decay=0.5)
     for _ in range(3):
         grads = jax.tree.map(lambda x: jnp.full_like(x, 1 / 3), params)
         state = state.apply_gradients(grads=grads, batch_stats={"mean": jnp.full(3, 0.25)})

@@ -1,5 +1,6 @@
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 
@@ -50,6 +51,20 @@ def test_batch_larger_than_the_data_set():
     with pytest.raises(ValueError, match="--batch-size is 2000, but the training split") as info:
         validate_with_data(config, 1437)
     assert str(info.value).endswith("of digits has 1437 examples: choose at most as many.")
+
+
+def test_run_of_no_step():
+    config = dataclasses.replace(CONFIGS["digits"], epochs=1e-9)
+    with pytest.raises(ValueError, match="--epochs is 1e-09, which is no step of"):
+        validate_with_data(config, 1437)
+
+
+@pytest.mark.parametrize("name", ["workdir", "data_dir"])
+def test_addresses_in_the_place_of_paths(name):
+    assert message(**{name: Path("gs://bucket/run")}) == (
+        f"--{name.replace('_', '-')} is gs:/bucket/run, but must be a path, not an address: mount "
+        "a file system that has it."
+    )
 
 
 def test_microbatch_that_does_not_divide_a_share():

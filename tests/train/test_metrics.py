@@ -3,6 +3,7 @@ import json
 import pytest
 
 from train import metrics
+from train.errors import RunError
 
 
 def test_a_line_for_each_step_and_events_beside_them(tmp_path):
@@ -36,3 +37,12 @@ def test_interrupted_run_keeps_its_lines(tmp_path):
         interrupted()
 
     assert metrics.read(tmp_path) == [{"step": 1, "train_loss": 2.5}]
+
+
+def test_damaged_line_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step":\n{"step": 3}\n{"st')
+
+    with pytest.raises(
+        RunError, match=r"metrics\.jsonl is damaged in line 2 .*: take that line out"
+    ):
+        metrics.read(tmp_path)

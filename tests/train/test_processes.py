@@ -86,6 +86,16 @@ def test_process_with_other_options_is_named(tmp_path, data_dir):
     )
 
 
+def test_process_that_is_refused_by_itself_does_not_leave_the_other_waiting(tmp_path, data_dir):
+    common = ("--workdir", tmp_path)
+
+    first, second = refusals(*start_both(data_dir, common, (*common, "--batch-size", "241")))
+
+    assert first == "process 1 refuses to start: its message says why."
+    assert second.startswith("--batch-size is 241, but must be a multiple of ")
+    assert not list(tmp_path.iterdir())
+
+
 def test_folder_that_not_all_processes_see_is_refused(tmp_path, data_dir):
     folders = tmp_path / "first", tmp_path / "second"
 

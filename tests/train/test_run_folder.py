@@ -38,6 +38,14 @@ def test_record_that_a_kill_has_cut_off_is_written_again(tmp_path):
     assert not (tmp_path / ".config.json").exists()
 
 
+@pytest.mark.parametrize("text", ["", '{"config":'])
+def test_damaged_record_is_named(begun, text):
+    (begun.workdir / "config.json").write_text(text)
+
+    with pytest.raises(ValueError, match=r"config\.json is damaged \(.*\): name a new --workdir"):
+        open_run_folder(begun, DIGITS, 1437, DEVICES[:4])
+
+
 def test_other_data_are_refused(begun):
     with pytest.raises(
         ValueError, match="with a number of training examples of 1437, but now it is 999:"

@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -120,23 +121,32 @@ def test_old_state_gives_its_memory_to_the_new_one(setting):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.opt_state)))
 
 
-def test_moving_average_of_the_weights():
+def test_moving_averages():
     setting = Setting(num_devices=2, ema_decay=0.3)
     state = new_state(setting)
-    average = np.asarray(state.params["head"]["kernel"], np.float64)
+
+    def values(state):
+        now = {"params": state.params, "batch_stats": state.batch_stats}
+        return jax.tree.map(lambda x: np.asarray(x, np.float64), now)
+
+    expected = values(state)
     for step in range(3):
         state, _ = take_step(state, batch_of(step), setting)
         decay = min(0.3, (1 + step) / (10 + step))
-        average = decay * average + (1 - decay) * np.asarray(state.params["head"]["kernel"])
+        expected = jax.tree.map(
+            lambda average, new, d=decay: d * average + (1 - d) * new, expected, values(state)
+        )
 
-    np.testing.assert_allclose(state.ema_params["head"]["kernel"], average, rtol=1e-5)
-    assert state.eval_params is state.ema_params
+    chex.assert_trees_all_close(
+        jax.tree.map(np.float64, state.eval_variables), expected, rtol=1e-5, atol=1e-6
+    )
 
 
-def test_weights_are_evaluated_where_no_average_is_kept():
+def test_without_averages_the_last_weights_are_evaluated():
     state = new_state()
 
-    assert state.eval_params is state.params
+    assert state.eval_variables["params"] is state.params
+    assert state.eval_variables["batch_stats"] is state.batch_stats
 
 
 def test_evaluation_counts_every_example_once():

@@ -38,8 +38,8 @@ class Rule(Protocol):
         """The ways there are.
 
         Args:
-          x: the other operand, `[G, b, *axes]` with G groups of b examples, the batch taken out
-            of the axes.
+          x: the other operand, `[G, b, *axes]` with G groups of b examples; its axes are all there,
+            that of the batch with what one example has on it.
           g: the cotangent of the result, in the same form.
           scale: a factor for the gradients of which the norms are wanted.
           device: what the program will run on.
