@@ -206,6 +206,9 @@ def clars(
     the edge cases.
 
     .. warning::
+      :func:`optax.flatten` makes one vector of all layers, which is masked out: momentum SGD is
+      left.
+
       :class:`optax.MultiSteps` averages the gradients of its mini-steps, but hands on only the last
       mini-step's norms. Accumulate with ``microbatch_size`` of
       :func:`clars_optax.value_and_grad_and_norms` instead, and call ``update`` once.

@@ -93,14 +93,18 @@ NOT_LINEAR = Obstacle(
 AFTER_THE_MEAN = Obstacle(
     ValueError,
     "the parameter meets a value that is reduced over the batch, other than by addition, so "
-    "that it has no per-example gradient. Apply it to each example before the mean.",
+    "that it has no per-example gradient. Apply it to each example before the mean; a term of the "
+    "loss, add with `+`.",
 )
-
-
+ONE_FOR_ALL = Obstacle(
+    NotImplementedError,
+    "the parameter meets the batch inside a function with a derivative of its own, of which one "
+    "result is for each example, and another is not. Return them from two functions.",
+)
 OVER_THE_BATCH = Obstacle(
     NotImplementedError,
-    "the parameter meets a loop whose steps are the examples. Use jax.vmap or jax.lax.map over "
-    "the examples, and reduce what it returns.",
+    "the parameter meets a loop whose steps are the examples. Use jax.vmap over the examples, or "
+    "jax.lax.map without batch_size, and reduce what it returns.",
 )
 
 

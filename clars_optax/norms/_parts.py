@@ -13,7 +13,7 @@ from clars_optax.norms._layout import (
     unbatched,
     unknown,
 )
-from clars_optax.norms._program import Operation
+from clars_optax.norms._program import Operation, Value
 
 A_PART = "a slice takes a part of the batch"
 
@@ -157,6 +157,29 @@ def _updated(operation: Operation, given: Sequence[Layout]) -> Layout:
     return given[0]
 
 
+def _scattered(operation: Operation, given: Sequence[Layout]) -> Layout:
+    target, indices = operation.operands[:2]
+    axes = operation.params["dimension_numbers"].scatter_dims_to_operand_dims
+    if not target.from_batch and any(
+        axis in given[0].batch_axes and _component(indices, position).from_batch
+        for position, axis in enumerate(axes)
+    ):
+        # Slots or segments, of which there happen to be as many as examples.
+        return unknown(operation.outputs[0].shape, "where something is put depends on the batch")
+    return given[0]
+
+
+def _component(indices: Value, position: int) -> Value:
+    """What the indices along one axis come from, where they were put together."""
+    producer = indices.producer
+    if producer is None or producer.name != "concatenate":
+        return indices
+    if producer.params["dimension"] != len(indices.shape) - 1:
+        return indices
+    parts = [part for part in producer.operands for _ in range(part.shape[-1])]
+    return parts[position]
+
+
 def _pad(operation: Operation, given: Sequence[Layout]) -> Layout:
     shape = operation.outputs[0].shape
     configuration = operation.params["padding_config"]
@@ -202,11 +225,11 @@ PARTS: dict[str, Callable[[Operation, Sequence[Layout]], Layout]] = {
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
     "dynamic_update_slice": _updated,
-    "scatter": _updated,
-    "scatter-add": _updated,
-    "scatter_add": _updated,
-    "scatter-mul": _updated,
-    "scatter_mul": _updated,
+    "scatter": _scattered,
+    "scatter-add": _scattered,
+    "scatter_add": _scattered,
+    "scatter-mul": _scattered,
+    "scatter_mul": _scattered,
     "pad": _pad,
     "rev": _rev,
     "gather": _gather,

@@ -108,6 +108,17 @@ class Operation:
         return f"`{self.name}` ({line})" if line else f"`{self.name}`"
 
     @property
+    def writes_params(self) -> bool:
+        """Whether something with a gradient may be written to a mutable array, here or inside."""
+        if self.bodies:
+            return any(one.writes_params for body in self.bodies for one in body.operations)
+        atoms = (*self.equation.invars, *self.equation.outvars)
+        # The types of mutable arrays, unlike others, hold that of an array.
+        return any(hasattr(atom.aval, "inner_aval") for atom in atoms) and any(
+            value.from_params for value in self.operands
+        )
+
+    @property
     def kind(self) -> str:
         """The name of the primitive, the same in all versions of JAX."""
         return "checkpoint" if self.name in _CHECKPOINT else self.name

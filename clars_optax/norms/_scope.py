@@ -3,8 +3,16 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import jax.numpy as jnp
+
 from clars_optax.norms._layout import Layout
-from clars_optax.norms._obstacles import MIXED_INSIDE, NOT_LINEAR, SIZED_INSIDE, Obstacle
+from clars_optax.norms._obstacles import (
+    MIXED_INSIDE,
+    NOT_LINEAR,
+    ONE_FOR_ALL,
+    SIZED_INSIDE,
+    Obstacle,
+)
 from clars_optax.norms._program import Operation, Value
 from clars_optax.norms._separate import has_same_numbers, is_linear, keeps_examples_apart
 
@@ -42,8 +50,19 @@ class Scope:
         if operation.name != "custom_vjp_call":
             return None
         twin = self.pairs[operation.outputs[0]].producer
+        if twin is not None and not _alike(operation, twin):
+            return ONE_FOR_ALL
         if twin is None or not keeps_examples_apart(
             operation, twin, self.layouts, self.num_examples
         ):
             return MIXED_INSIDE
         return None if has_same_numbers(operation, twin) else SIZED_INSIDE
+
+
+def _alike(operation: Operation, twin: Operation) -> bool:
+    """Whether all results of a function grow with the batch, those that nobody uses too."""
+    avals = [[x.aval for x in one.equation.outvars] for one in (operation, twin)]
+    return all(
+        small.shape != large.shape or not jnp.issubdtype(small.dtype, jnp.inexact)
+        for small, large in zip(*avals, strict=True)
+    )

@@ -1,6 +1,7 @@
 """Traces the loss: at the batch size, at twice that, and where need be at the size of a group."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -28,7 +29,8 @@ def resized(batch: Sequence[Any], num_examples: int) -> list[Any]:
             jax.lax.concatenate([x] * copies, 0)[:num_examples] if copies > 1 else x[:num_examples]
         )
 
-    return [jax.eval_shape(resize, x) for x in batch]
+    # As `jax.eval_shape`, but that the types say over which axes of a mesh they vary.
+    return [jax.make_jaxpr(resize)(x).out_avals[0] for x in batch]
 
 
 def make_plan(
@@ -46,16 +48,15 @@ def make_plan(
     """
     num_examples = batch[0].shape[0]
     program = _trace(loss_fn, params, batch)
-    try:
+    for operation in program.operations:
+        if operation.writes_params:
+            raise NotImplementedError(
+                f"No per-example gradient norms: in {operation.where} something that depends on "
+                "parameters is written to a mutable array, as jax.new_ref makes them, in which it "
+                "is not followed. Return it instead, or write its jax.lax.stop_gradient."
+            )
+    with explained(num_examples, 2 * num_examples):
         doubled = _trace(loss_fn, params, resized(batch, 2 * num_examples))
-    except Exception as error:
-        raise ValueError(
-            f"loss_fn works with the batch of {num_examples} examples, but not with "
-            f"{2 * num_examples}, which the norms need to see where the batch is in every "
-            "intermediate value. It probably closes over arrays or numbers that depend on the "
-            "batch size: pass the arrays in arguments of their own, named in batch_argnums, and "
-            f"take sizes from the arrays' shapes. The error was: {_first_line(error)}"
-        ) from error
     inputs = program.inputs
     layouts, pairs = follow(
         program,
@@ -68,6 +69,25 @@ def make_plan(
         Scope(layouts, pairs, num_examples, with_rules),
         dict(zip(inputs[: len(params)], paths, strict=True)),
     )
+
+
+@contextmanager
+def explained(num_examples: int, other: int) -> Iterator[None]:
+    """Says why a loss that works with the batch is run with another number of examples.
+
+    Raises:
+      ValueError: in the place of what is raised inside.
+    """
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"loss_fn works with the batch of {num_examples} examples, but not with {other}, "
+            "which the norms and micro-batches need. It probably closes over arrays or numbers "
+            "that depend on the batch size: pass the arrays in arguments of their own, named in "
+            "batch_argnums, and take sizes from the arrays' shapes. The error was: "
+            f"{_first_line(error)}"
+        ) from error
 
 
 def _trace(loss_fn: Loss, params: Sequence[Any], batch: Sequence[Any]) -> Program:

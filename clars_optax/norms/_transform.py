@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import jax
@@ -17,7 +18,7 @@ from clars_optax.norms._plan import Plan
 from clars_optax.norms._rows import Rows
 from clars_optax.norms._rules import platform
 from clars_optax.norms._taps import differentiated_once
-from clars_optax.norms._trace import make_plan, resized, trace_groups
+from clars_optax.norms._trace import explained, make_plan, resized, trace_groups
 from clars_optax.norms._trials import try_kernels
 
 
@@ -67,7 +68,8 @@ def value_and_grad_and_norms(
     refused.
 
     Works under `jit`, with arrays that are sharded over automatic or explicit axes of a mesh (the
-    loss then sees automatic ones, and must not close over sharded arrays), under `vmap`, `pmap` and
+    loss then sees automatic ones, with `has_aux` also the explicit ones, and must not close over
+    sharded arrays), under `vmap`, `pmap` and
     inside `jax.shard_map`, where the parameters must be marked as varying
     (`jax.lax.pcast(params, axis_name, to="varying")`) unless it has `check_vma=False`. Over devices
     with equal shares of a batch, `jax.lax.pmean(jax.tree.map(jnp.mean, norms), axis_name)` is exact
@@ -93,7 +95,8 @@ def value_and_grad_and_norms(
         that divides the number of examples. None: all at once. BatchNorm statistics, and so the
         :math:`g_i`, are then those of the micro-batches. The results are those of the whole batch:
         this is the way to accumulate gradients (`optax.MultiSteps` hands only the last mini-step's
-        norms on).
+        norms on). On a CPU, where XLA's loops are slow, they are unrolled, which takes its time to
+        compile.
       loss_reduction: Whether the loss is the "mean" over the examples, with equal weights, or their
         "sum". For a padded or weighted loss use "sum" on the unnormalised loss; sum gradients,
         norms and weights over devices, and divide all three by the sum of the weights.
@@ -213,10 +216,13 @@ def value_and_grad_and_norms(
             loss = functools.partial(loss_of_leaves, keys)
             if settings.loss_reduction == "sum" and size < num_examples:
                 _check_sum_of_microbatches(loss, params, paths, resized(batch, max(size, 2)))
-            one, two = (
-                jax.eval_shape(loss_of_leaves, keys, params, resized(batch, n))[1]
-                for n in (size, 2 * size)
-            )
+            # What was forgotten in batch_argnums would fit a batch as large as it, and one example.
+            sizes = [size, 2 * size, 3 * size] if 2 * size == num_examples else [size, 2 * size]
+            types = []
+            for n in sizes:
+                with explained(num_examples, n) if n != num_examples else nullcontext():
+                    types.append(jax.eval_shape(loss_of_leaves, keys, params, resized(batch, n))[1])
+            one, two = types[:2]
             aux_paths = [
                 f"aux{jax.tree_util.keystr(path)}"
                 for path, _ in jax.tree_util.tree_leaves_with_path(

@@ -3,6 +3,7 @@ remedy."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import clars_optax
@@ -49,6 +50,59 @@ def gathered_from_the_batch_into_a_parameter(params, x):
 
 def tiled_across_examples(params, x):
     return jnp.mean((jnp.tile(params["w"][0, :2], x.size // 2) * x.T.reshape(-1)) ** 2)
+
+
+def written_to_a_mutable_array(params, x):
+    made = jax.new_ref(jnp.zeros(x.shape))
+    made[...] = jnp.tanh(x @ params["w"])
+    return jnp.mean(made[...] ** 2)
+
+
+def added_to_a_mutable_array_in_a_loop(params, x):
+    made = jax.new_ref(jnp.zeros(x.shape))
+
+    def body(i, _):
+        made[...] += jnp.tanh(x @ params["w"]) * i
+        return 0
+
+    jax.lax.fori_loop(0, 3, body, 0)
+    return jnp.mean(made[...] ** 2)
+
+
+def made_mutable(params, x):
+    made = jax.new_ref(jnp.tanh(x @ params["w"]))
+    return jnp.mean(made[...] ** 2)
+
+
+def summed_by_segments_as_many_as_examples(params, x):
+    sums = jax.ops.segment_sum(jnp.tanh(x), jnp.int32(x[:, 0] > 0), num_segments=x.shape[0])
+    return jnp.mean((sums @ params["w"]) ** 2)
+
+
+def put_into_slots_as_many_as_examples(params, x):
+    slots = jnp.cumsum(x[:, 0] > 0) % x.shape[0]
+    experts = jnp.int32(x[:, 1] > 0)
+    taken = jnp.zeros((2, *x.shape)).at[experts, slots].set(x)
+    return jnp.mean(jnp.tanh(taken @ params["w"]) ** 2)
+
+
+@jax.custom_vjp
+def product_and_penalty(x, w):
+    return x @ w, jnp.sum(w**2)
+
+
+product_and_penalty.defvjp(
+    lambda x, w: (product_and_penalty(x, w), (x, w)),
+    lambda saved, g: (g[0] @ saved[1].T, saved[0].T @ g[0] + 2 * saved[1] * g[1]),
+)
+
+
+def one_result_for_all(params, x):
+    return jnp.mean(product_and_penalty(x, params["w"])[0] ** 2)
+
+
+def map_over_batches(params, x):
+    return jnp.mean(jax.lax.map(lambda row: (row @ params["w"]) ** 2, x, batch_size=2))
 
 
 def padded_to_the_batch(params, x):
@@ -318,6 +372,21 @@ def changes_with_the_batch_size(params, x):
             NotImplementedError,
             r"'w'.*`shard_map`.*inside of jax.shard",
         ),
+        (written_to_a_mutable_array, NotImplementedError, r"in `swap` .*to a mutable array"),
+        (added_to_a_mutable_array_in_a_loop, NotImplementedError, "in `scan` .*to a mutable array"),
+        (made_mutable, NotImplementedError, r"in `(new_)?ref` .*to a mutable array"),
+        (
+            summed_by_segments_as_many_as_examples,
+            NotImplementedError,
+            "'w'.*where something is put depends on the batch",
+        ),
+        (
+            put_into_slots_as_many_as_examples,
+            NotImplementedError,
+            "'w'.*where something is put depends on the batch",
+        ),
+        (one_result_for_all, NotImplementedError, "'w'.*`custom_vjp_call.*from two functions"),
+        (map_over_batches, NotImplementedError, r"'w'.*`scan.*jax\.lax\.map without batch_size"),
         (solve, NotImplementedError, r"'w'.*`triangular_solve`.*not supported"),
         (changes_with_the_batch_size, ValueError, r"'w'.*traced differently at twice"),
     ],
@@ -360,14 +429,55 @@ def test_refused_values_may_be_auxiliary():
     assert jnp.array_equal(norms["t"], jnp.zeros(6))
 
 
-def test_loss_that_closes_over_the_batch():
+@pytest.mark.parametrize(("size", "other"), [(None, 12), (6, 12), (3, 3), (1, 2)])
+def test_loss_that_closes_over_the_batch(size, other):
     step = clars_optax.value_and_grad_and_norms(
-        lambda params, x: jnp.mean((x - BATCH) @ params["w"])
+        lambda params, x: jnp.mean((x - BATCH) @ params["w"]), microbatch_size=size
     )
     with pytest.raises(
-        ValueError, match=r"6 examples, but not with 12.*closes over.*batch_argnums"
+        ValueError, match=rf"6 examples, but not with {other}, .*closes over.*batch_argnums"
     ):
         step(PARAMS, BATCH)
+
+
+def test_loss_that_closes_over_two_examples():
+    """One of them fits them both, and so do two."""
+    step = clars_optax.value_and_grad_and_norms(
+        lambda params, x: jnp.mean((x - BATCH[:2]) @ params["w"]), microbatch_size=1
+    )
+    with pytest.raises(ValueError, match=r"2 examples, but not with 3, .*closes over"):
+        step(PARAMS, BATCH[:2])
+
+
+def test_statistics_may_be_written_to_mutable_arrays():
+    def loss(params, x):
+        h = x @ params["w"]
+        seen = jax.new_ref(jnp.zeros(4))
+        seen[...] += jax.lax.stop_gradient(h.mean(0))
+        return jnp.mean((h - seen[...]) ** 2)
+
+    def without(params, x):
+        h = x @ params["w"]
+        return jnp.mean((h - jax.lax.stop_gradient(h.mean(0))) ** 2)
+
+    found, expected = (
+        clars_optax.value_and_grad_and_norms(f)(PARAMS, BATCH) for f in (loss, without)
+    )
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), found, expected)
+
+
+def test_entries_are_counted_where_positions_do_not_depend_on_the_batch():
+    """As a bag of words is made: the rows are those of the examples, one after another."""
+
+    def loss(params, words):
+        rows = jnp.arange(len(words))[:, None]
+        bags = jnp.zeros((len(words), 4)).at[rows, words].add(1.0)
+        return jnp.mean(jnp.square(bags @ params["w"]))
+
+    words = jnp.array([[0, 1, 1], [3, 2, 0], [2, 2, 2]])
+    _, _, norms = clars_optax.value_and_grad_and_norms(loss)(PARAMS, words)
+    alone = jax.vmap(lambda one: jax.grad(loss)(PARAMS, one[None])["w"])(words)
+    np.testing.assert_allclose(norms["w"], jnp.linalg.norm(alone, axis=(1, 2)), rtol=1e-5)
 
 
 def test_replicated_parameters_in_shard_map():

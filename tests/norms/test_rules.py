@@ -221,7 +221,7 @@ def test_sums_are_cut_as_xla_cuts_those_of_a_batch(num_positions, size):
     assert num_positions // _elementwise.num_parts(256, num_positions) == min(size, num_positions)
 
 
-@pytest.mark.parametrize("mode", ["fill", "clip"])
+@pytest.mark.parametrize("mode", ["fill", "clip", "promise_in_bounds"])
 @pytest.mark.parametrize("group_size", [1, 3])
 def test_embeddings(mode, group_size):
     rng = np.random.default_rng(0)

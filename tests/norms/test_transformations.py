@@ -71,8 +71,9 @@ def test_pmap_with_statistics_of_all_devices(one_device):
     chex.assert_trees_all_close(jax.tree.map(jnp.ravel, norms), one_device[2], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("sizes", [(4,), (4, 2)], ids=["all axes", "one of two axes"])
 @pytest.mark.parametrize("microbatch_size", [None, 2])
-def test_shard_map_with_varying_parameters(one_device, microbatch_size):
+def test_shard_map_with_varying_parameters(one_device, microbatch_size, sizes):
     def step(params, x, y):
         params = jax.lax.pcast(params, "devices", to="varying")
         value, grads, norms = step_of(batch_norm_loss("devices"), microbatch_size=microbatch_size)(
@@ -80,10 +81,15 @@ def test_shard_map_with_varying_parameters(one_device, microbatch_size):
         )
         return *jax.lax.pmean((value, grads), "devices"), norms
 
-    mesh = jax.make_mesh((4,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
+    names = ("devices", "model")[: len(sizes)]
+    mesh = jax.make_mesh(sizes, names, axis_types=(jax.sharding.AxisType.Auto,) * len(sizes))
     split, same = jax.P("devices"), jax.P()
     mapped = jax.shard_map(
-        step, mesh=mesh, in_specs=(same, split, split), out_specs=(same, same, split)
+        step,
+        mesh=mesh,
+        in_specs=(same, split, split),
+        out_specs=(same, same, split),
+        axis_names={"devices"},
     )
     chex.assert_trees_all_close(jax.jit(mapped)(PARAMS, X, Y), one_device, rtol=1e-5, atol=1e-6)
 

@@ -27,7 +27,8 @@ class Embedding:
         self._entry_axes = tuple(numbers.offset_dims)
         self._use_axes = tuple(i for i in range(len(result)) if i not in self._entry_axes)
         self._lengths = [table[axis] for axis in numbers.start_index_map]
-        self._drops = params["mode"] == GatherScatterMode.FILL_OR_DROP
+        # What is promised to be inside is looked up clipped, but has no gradient.
+        self._drops = params["mode"] != GatherScatterMode.CLIP
 
     def ways(self, x: jax.Array, g: jax.Array, scale: float, device: Platform) -> list[Way]:
         """The ways to the squared norms, from arrays `[G, b, *axes]`.
