@@ -4,6 +4,7 @@ Keras runs on JAX; it needs no TensorFlow. It is imported inside of a fixture, s
 can be collected without it, and so that its backend can be chosen first.
 """
 
+import functools
 import importlib
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -24,17 +25,21 @@ pytestmark = [pytest.mark.keras, pytest.mark.usefixtures("compiled_fast")]
 
 
 class Network(NamedTuple):
-    """A network of ours, its counterpart, and which module is which layer."""
+    """A network of ours, its counterpart, and which module is which layer.
+
+    `block_sizes` are other ones than those of the two networks.
+    """
 
     name: str
     keras_name: str
     layers: dict[tuple[str, ...], str]
+    block_sizes: tuple[int, ...] | None = None
     # Odd in one direction and even in the other: which side is padded differs.
     image_size: tuple[int, int] = (64, 45)
     options: Mapping[str, Any] = MappingProxyType({})
 
 
-def densenet(name, keras_name, block_sizes):
+def densenet(name, keras_name, block_sizes, in_full=True):
     layers = {
         ("stem_conv",): "conv1_conv",
         ("stem_norm",): "conv1_bn",
@@ -51,7 +56,7 @@ def densenet(name, keras_name, block_sizes):
         if block < len(block_sizes):
             layers[f"transition{block}", "norm"] = f"pool{block + 1}_bn"
             layers[f"transition{block}", "conv"] = f"pool{block + 1}_conv"
-    return Network(name, keras_name, layers)
+    return Network(name, keras_name, layers, None if in_full else block_sizes)
 
 
 def mobilenet_v1():
@@ -62,7 +67,7 @@ def mobilenet_v1():
             layers[f"block{block}", f"{ours}_norm"] = f"conv_{theirs}_{block}_bn"
     # Keras's strided depthwise convolutions drop the last pixel of an odd size, unlike "SAME". From
     # 63 pixels they see even sizes only. Other sizes are tested against PyTorch.
-    return Network("mobilenet_v1", "MobileNet", layers, (64, 63), {"dropout": 0.0})
+    return Network("mobilenet_v1", "MobileNet", layers, None, (64, 63), {"dropout": 0.0})
 
 
 def mobilenet_v2():
@@ -159,18 +164,29 @@ def check_equal(got, wanted):
 @pytest.mark.parametrize(
     "network",
     [
-        densenet("densenet121", "DenseNet121", (6, 12, 24, 16)),
-        pytest.param(
-            densenet("densenet169", "DenseNet169", (6, 12, 32, 32)), marks=pytest.mark.long
+        # In full they take long to compile. `test_models.py` counts their parameters.
+        densenet("densenet121", "DenseNet121", (2, 3, 1, 2), in_full=False),
+        *(
+            pytest.param(densenet(*of_full), marks=pytest.mark.long, id=of_full[0])
+            for of_full in (
+                ("densenet121", "DenseNet121", (6, 12, 24, 16)),
+                ("densenet169", "DenseNet169", (6, 12, 32, 32)),
+            )
         ),
         mobilenet_v1(),
         mobilenet_v2(),
     ],
-    ids=lambda network: network.name,
+    ids=lambda network: network.name + "-shallow" * (network.block_sizes is not None),
 )
 def test_logits_are_those_of_keras(keras, network):
     """In evaluation and in training, and the running averages after it."""
-    theirs = getattr(keras.applications, network.keras_name)(
+    ours = make_model(network.name, num_classes=NUM_CLASSES, norm_momentum=MOMENTUM)
+    make_theirs = getattr(keras.applications, network.keras_name)
+    if network.block_sizes is not None:
+        ours = ours.clone(block_sizes=network.block_sizes)
+        family = importlib.import_module(make_theirs.__module__)
+        make_theirs = functools.partial(family.DenseNet, network.block_sizes)
+    theirs = make_theirs(
         weights=None,
         input_shape=(*network.image_size, 3),
         classes=NUM_CLASSES,
@@ -186,7 +202,6 @@ def test_logits_are_those_of_keras(keras, network):
         for variables in (theirs.trainable_variables, theirs.non_trainable_variables)
     )
 
-    ours = make_model(network.name, num_classes=NUM_CLASSES, norm_momentum=MOMENTUM)
     variables = to_ours(network.layers, values)
     images = np.random.default_rng(1).normal(size=(4, *network.image_size, 3)).astype(np.float32)
     shapes = jax.eval_shape(lambda: ours.init(jax.random.key(0), images, train=False))
