@@ -3,21 +3,32 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import numpy as np
 import optax
 
 from train.body import Accumulation, TrainBody
 from train.data import DATASETS
-from train.models import densenet, resnet
+from train.models import resnet
 from train.optimizers import make_optimizer
 from train.state import draw_state
-from train.step import AXIS, TrainStep, init_state, shard
+from train.step import AXIS, TrainStep, init_state, replicate, shard
 
 BATCH_SIZE = 32
 DIGITS = DATASETS["digits"]
 SHAPE = DIGITS.image_shape(8)
-MODEL = resnet.ResNet(stage_sizes=(1,), num_classes=10, width=4, axis_name=AXIS)
+# A convolution, BatchNorm and a dense layer: each test compiles its gradient and its norms.
+MODEL = resnet.ResNet(stage_sizes=(), num_classes=10, width=4, axis_name=AXIS)
+
+
+class WithDropout(nn.Module):
+    @nn.compact
+    def __call__(self, images, *, train):
+        x = nn.BatchNorm(use_running_average=not train, axis_name=AXIS)(images)
+        x = nn.relu(nn.Dense(8)(x.reshape(len(x), -1)))
+        x = nn.Dropout(0.5, deterministic=not train)(x)
+        return nn.Dense(10, name="head")(x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,15 +52,19 @@ class Setting:
 
     @property
     def model(self):
-        if self.with_dropout:
-            return densenet.DenseNet(
-                block_sizes=(2,), num_classes=10, growth_rate=4, dropout_rate=0.5, axis_name=AXIS
-            )
-        group = self.bn_group or self.num_devices
-        if group == 1:
-            return MODEL.clone(axis_name=None)
-        groups = [list(range(i, i + group)) for i in range(0, self.num_devices, group)]
-        return MODEL.clone(axis_index_groups=groups if len(groups) > 1 else None)
+        """Always the same one: of another, a step would be compiled again."""
+        return _model(self)
+
+
+@functools.cache
+def _model(setting):
+    if setting.with_dropout:
+        return WithDropout()
+    group = setting.bn_group or setting.num_devices
+    if group == 1:
+        return MODEL.clone(axis_name=None)
+    groups = [list(range(i, i + group)) for i in range(0, setting.num_devices, group)]
+    return MODEL.clone(axis_index_groups=groups if len(groups) > 1 else None)
 
 
 SETTING = Setting()
@@ -92,15 +107,25 @@ def make(setting=SETTING):
 
 
 def new_state(setting=SETTING):
+    drawn = _drawn(setting.name, setting.ema_decay, setting.seed, setting.with_dropout)
     transformation = make(setting)[0].transformation
+    return replicate(
+        drawn.replace(apply_fn=setting.model.apply, tx=transformation), setting.devices
+    )
+
+
+@functools.cache
+def _drawn(name, ema_decay, seed, with_dropout):
+    """On the host, what all settings alike in these begin with."""
+    setting = Setting(1, name, ema_decay=ema_decay, seed=seed, with_dropout=with_dropout)
     draw = functools.partial(
         draw_state,
         model=setting.model,
         image_shape=SHAPE,
-        transformation=transformation,
-        ema_decay=setting.ema_decay,
+        transformation=make(setting)[0].transformation,
+        ema_decay=ema_decay,
     )
-    return init_state(draw, setting.seed, setting.devices)
+    return jax.device_get(init_state(draw, seed, setting.devices))
 
 
 def batch_of(step):
