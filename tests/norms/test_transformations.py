@@ -131,7 +131,7 @@ def test_derivatives_that_would_be_wrong_are_refused():
     with pytest.raises(NotImplementedError, match=r"to the parameter args\[0\]\['w'\]"):
         jax.jit(jax.grad(lambda w: ours(PARAMS | {"w": w}, X, Y)))(PARAMS["w"])
     # Others are right.
-    found, expected = (jax.grad(f, 1)(PARAMS, X, Y) for f in (ours, by_definition))
+    found, expected = (jax.jit(jax.grad(f, 1))(PARAMS, X, Y) for f in (ours, by_definition))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -299,9 +299,9 @@ def test_padded_losses():
     step = clars_optax.value_and_grad_and_norms(
         summed, batch_argnums=(1, 2, 3), loss_reduction="sum", microbatch_size=4
     )
-    value, grads, norms = step(PARAMS, X, Y, real.astype(jnp.float32))
+    value, grads, norms = jax.jit(step)(PARAMS, X, Y, real.astype(jnp.float32))
     sums = (value, grads, jax.tree.map(jnp.sum, norms))
     found = jax.tree.map(lambda total: total / real.sum(), sums)
-    value, grads, norms = step_of(of_real)(PARAMS, X[:5], Y[:5])
+    value, grads, norms = jax.jit(step_of(of_real))(PARAMS, X[:5], Y[:5])
     expected = (value, grads, jax.tree.map(jnp.mean, norms))
     chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)

@@ -385,13 +385,13 @@ def test_max_trust_ratio(name, factor, params):
 @pytest.mark.parametrize("num_run_steps", [10, 1000])
 def test_factor_of_tvlars_falls_over_the_run(num_run_steps, params):
     optimizer = make("tvlars", num_steps=num_run_steps, max_trust_ratio=1e-5)
-    update = jax.jit(optimizer.transformation.update)
+    update, diagnose = map(jax.jit, (optimizer.transformation.update, optimizer.diagnose))
     state = optimizer.transformation.init(params)
-    factors = []
+    grads, factors = gradients(0), []
     for _ in range(num_run_steps):
-        diagnosed = optimizer.diagnose(params, gradients(0), None, None, state)
+        diagnosed = diagnose(params, grads, None, None, state)
         factors.append(diagnosed["trust_ratio"]["dense"]["kernel"] / 1e-5)
-        _, state = update(gradients(0), state, params)
+        _, state = update(grads, state, params)
 
     # By hand: 1 / (0.1 + e), and 1 / (0.1 + exp(0.01)).
     np.testing.assert_allclose(factors[0], {10: 0.35483, 1000: 0.90083}[num_run_steps], rtol=1e-4)
