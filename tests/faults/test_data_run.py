@@ -9,7 +9,7 @@ from train.configs import CONFIGS
 from train.errors import RunError
 from train.setup import prepare
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("small_network")]
 
 
 class Broken:

@@ -31,8 +31,10 @@ CHECKPOINTS_OFTEN = ("--checkpoint-steps", 2)
 
 @pytest.fixture(scope="module")
 def run(data_dir):
-    return lambda workdir, *options: start(
-        *OPTIONS, *options, "--workdir", workdir, "--data-dir", data_dir, num_devices=2
+    return lambda workdir, *options, program="tests.train.small": start(
+        *(*OPTIONS, *options, "--workdir", workdir, "--data-dir", data_dir),
+        num_devices=2,
+        program=program,
     )
 
 
@@ -103,7 +105,7 @@ def test_signal_leaves_a_checkpoint_of_all_that_was_done(number, code, run, whol
 
 def test_second_interrupt_ends_at_once(run, tmp_path):
     """While the first step is compiled, which takes long, Python's own handlers would wait."""
-    process = run(tmp_path)
+    process = run(tmp_path, program="train")
     assert "20 steps" in process.stdout.readline()
 
     process.send_signal(signal.SIGINT)

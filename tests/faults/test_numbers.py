@@ -22,7 +22,7 @@ from train.run_folder import CHECKPOINTS
 from train.setup import prepare
 from train.state import TrainState
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("small_network")]
 
 PARAMS = {"head": {"bias": jnp.full(3, 0.5), "kernel": jnp.full((2, 3), 0.25)}}
 SCHEDULE = optax.linear_schedule(2.0, 1.0, 10)

@@ -22,15 +22,15 @@ def run_here(prepared):
     train(prepared)
 
 
-def start(*options, num_devices=8):
-    """Starts a run on so many CPU devices."""
+def start(*options, num_devices=8, program="train"):
+    """Starts a run on so many CPU devices; `tests.train.small` has a smaller network."""
     environment = {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
         # Most of what a run compiles takes no time, and every run compiles it.
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     return subprocess.Popen(
-        [sys.executable, "-W", "error", "-m", "train", *map(str, options)],
+        [sys.executable, "-W", "error", "-m", program, *map(str, options)],
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -39,13 +39,14 @@ def start(*options, num_devices=8):
 
 
 def start_two(*options_of_each):
-    """Starts two processes of two devices."""
+    """Starts two processes of two devices, with the smaller network."""
     address = f"127.0.0.1:{free_port()}"
     return [
         start(
             *options,
             *("--coordinator", address, "--num-processes", 2, "--process-id", index),
             num_devices=2,
+            program="tests.train.small",
         )
         for index, options in enumerate(options_of_each)
     ]

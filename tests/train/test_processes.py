@@ -29,7 +29,8 @@ def together(tmp_path_factory, data_dir):
 def alone(tmp_path_factory, data_dir):
     """One process of four devices."""
     workdir = tmp_path_factory.mktemp("alone")
-    finish(start(*OPTIONS, "--workdir", workdir, "--data-dir", data_dir, num_devices=4))
+    options = (*OPTIONS, "--workdir", workdir, "--data-dir", data_dir)
+    finish(start(*options, num_devices=4, program="tests.train.small"))
     return workdir
 
 
