@@ -137,7 +137,7 @@ class Request:
 
 
 @pytest.fixture
-def config(data_dir, tmp_path):
+def config(data_dir, tmp_path, small_network):
     """Six steps, of which three are an epoch."""
     return dataclasses.replace(
         CONFIGS["digits"],

@@ -28,16 +28,17 @@ def imagenet_dir_from_tars(tmp_path_factory):
     return folder / "prepared"
 
 
-def start_run(name, imagenet_dir, workdir, *options):
+def start_run(name, imagenet_dir, workdir, *options, program="train"):
     options = (*OPTIONS, "--data-dir", imagenet_dir, "--workdir", workdir, *options)
-    return start(f"imagenet-{name}", *options)
+    return start(f"imagenet-{name}", *options, program=program)
 
 
 @pytest.mark.tensorflow
 def test_a_kill_on_what_the_real_builder_wrote(imagenet_dir_from_tars, tmp_path):
     def run():
-        # A network that compiles in less than half a minute.
-        return start_run("resnet50", imagenet_dir_from_tars, tmp_path, "--model", "resnet8")
+        options = ("--model", "resnet8", "--image-size", 32)
+        program = "tests.train.small"
+        return start_run("resnet50", imagenet_dir_from_tars, tmp_path, *options, program=program)
 
     kill_when(lambda: (tmp_path / CHECKPOINTS / "4").exists(), run())
     (output,) = finish(run())
