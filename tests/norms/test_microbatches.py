@@ -28,6 +28,7 @@ def way(request, monkeypatch):
     """Elsewhere than on a CPU the micro-batches are a loop."""
     if request.param == "scanned":
         monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        monkeypatch.setenv("CLARS_OPTAX_KERNEL", "off")  # There is none, after all.
     return request.param
 
 
@@ -68,6 +69,7 @@ def test_no_norms_leave_the_plain_gradient(microbatch_size, way):
 
 def test_program_of_a_loop_does_not_grow_with_the_microbatches(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setenv("CLARS_OPTAX_KERNEL", "off")
     step = step_of(microbatch_size=2)
 
     few, many = (
