@@ -19,6 +19,7 @@ from benchmarks.convergence.problem import Problem, Split, augment, load
 from benchmarks.convergence.study import CONTENDERS, PRESETS
 from benchmarks.convergence.training import Run, Trainer
 from tests.train import idx
+from train import optimizers
 from train.body import normalise
 from train.data import fashion_mnist
 
@@ -95,15 +96,18 @@ def slow_epochs(net, problem, run, make, norm_examples=None, group_size=1):
             )
             of_epoch.append(values.mean())
 
-            def mean_norm(grad):
+            def norms(grad):
                 first = grad[:norm_examples].reshape(-1, group_size, grad[0].size)
-                return jnp.linalg.norm(first.mean(axis=1), axis=1).mean()
+                return jnp.linalg.norm(first.mean(axis=1), axis=1)
 
             updates, state = tx.update(
                 jax.tree.map(lambda grad: grad.mean(axis=0), grads),
                 state,
                 params,
-                example_grad_norms=jax.tree.map(mean_norm, grads),
+                example_grad_norms=jax.tree.map(lambda grad: norms(grad).mean(), grads),
+                example_grad_square_norms=jax.tree.map(
+                    lambda grad: jnp.mean(norms(grad) ** 2), grads
+                ),
             )
             params = optax.apply_updates(params, updates)
         losses.append(np.mean(of_epoch))
@@ -113,13 +117,60 @@ def slow_epochs(net, problem, run, make, norm_examples=None, group_size=1):
     return losses, float(jnp.mean(logits.argmax(-1) == problem.test.labels))
 
 
+DECAY = 0.1  # More than in the study, or it would not show.
+
+
 def sgd(schedule):
     mask = clars_optax.default_mask
-    return optax.chain(optax.add_decayed_weights(1e-4, mask), optax.sgd(schedule, 0.9))
+    return optax.chain(optax.add_decayed_weights(DECAY, mask), optax.sgd(schedule, 0.9))
 
 
 def clars(schedule):
-    return clars_optax.clars(schedule, weight_decay=1e-4)
+    return clars_optax.clars(schedule, weight_decay=DECAY)
+
+
+def lena(schedule):
+    """Of four groups of four, over four steps."""
+    options = {"weight_decay_mask": clars_optax.default_mask, "batch_size": 16, "group_size": 4}
+    return optimizers.lena(
+        schedule, momentum=0.9, weight_decay=DECAY, num_steps=4, **options
+    ).transformation
+
+
+def variant(direction):
+    """An optimizer from the new buffer and the direction of a layer with weights w."""
+
+    def of_leaf(gradient, weights, norm, buffer):
+        is_weight = weights.ndim > 1
+        ratio = jnp.minimum(0.1, 0.01 * jnp.linalg.norm(weights) / (norm + 1e-6))
+        decay = DECAY * weights if is_weight else 0.0
+        return direction(gradient, decay, ratio if is_weight else 1.0, buffer)
+
+    def make(schedule):
+        def init(params):
+            return 0, jax.tree.map(jnp.zeros_like, params)
+
+        def update(grads, state, params, *, example_grad_norms, **_):
+            step, buffers = state
+            pairs = jax.tree.map(of_leaf, grads, params, example_grad_norms, buffers)
+            buffers, updates = jax.tree.transpose(
+                jax.tree.structure(params), jax.tree.structure((0, 0)), pairs
+            )
+            return jax.tree.map(lambda u: -schedule(step) * u, updates), (step + 1, buffers)
+
+        return optax.GradientTransformationExtraArgs(init, update)
+
+    return make
+
+
+def inside(gradient, decay, ratio, buffer):
+    buffer = 0.9 * buffer + ratio * (gradient + decay)
+    return buffer, buffer
+
+
+def outside(gradient, decay, ratio, buffer):
+    buffer = 0.9 * buffer + gradient
+    return buffer, ratio * buffer + decay
 
 
 @pytest.mark.parametrize(
@@ -129,6 +180,9 @@ def clars(schedule):
         ("clars", clars, None, 1),
         ("clars, groups of 8", clars, None, 8),
         ("clars, 256 norms", clars, 10, 1),
+        ("lena", lena, None, 4),
+        ("clars, ratio inside momentum", variant(inside), None, 1),
+        ("clars, decay outside", variant(outside), None, 1),
     ],
 )
 def test_training_is_that_of_the_definitions(
@@ -136,7 +190,9 @@ def test_training_is_that_of_the_definitions(
 ):
     monkeypatch.setattr(programs, "augment", lambda pixels, key: pixels)
     net, run = Net(batch_norm=False), Run(0.5, 0.3, 3)
-    (epochs,) = trained(net, problem, name, [run], num_norm_examples=norm_examples)
+    options = {"num_norm_examples": norm_examples, "group_size": group_size}
+    decayed = functools.partial(CONTENDERS[name].make, weight_decay=DECAY)
+    (epochs,) = trained(net, problem, name, [run], make=decayed, **options)
     losses, test_accuracy = slow_epochs(net, problem, run, make, norm_examples, group_size)
     np.testing.assert_allclose([e.train_loss for e in epochs[1:]], losses, rtol=1e-4)
     assert epochs[-1].test_accuracy == pytest.approx(test_accuracy, abs=2.5 / 510)

@@ -308,6 +308,18 @@ def test_matches_vmap_of_grad(name, options):
         assert np.max(np.abs(one - other)) <= 1e-5 * np.max(other) + 1e-7
 
 
+def test_policies_of_checkpoint_are_kept():
+    """What a policy saves is not computed again."""
+
+    def products(policy):
+        step = clars_optax.value_and_grad_and_norms(
+            lambda p, x: squared(jax.checkpoint(block, policy=policy)(p, x))
+        )
+        return str(jax.make_jaxpr(step)(WIDTHS, X)).count("dot_general[")
+
+    assert products(jax.checkpoint_policies.dots_saveable) == products(None) - 1
+
+
 def nested_in(wrapper, apply):
     """A function of parameters and activations inside of a nested program, once or repeatedly."""
 

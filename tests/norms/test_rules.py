@@ -15,6 +15,7 @@ from clars_optax.norms._rules._ways import Squares
 
 SCALE = 3.0
 DEVICE = Platform(1.0, 1.0, chunk_bytes=2**20, splits_sums=True, kernels="interpreted")
+CPU = Platform(1.0, 1.0, chunk_bytes=2**20)
 DENSE = {"dimension_numbers": (((2,), (0,)), ((), ())), "precision": None}
 
 
@@ -294,6 +295,19 @@ def test_float16_does_not_overflow():
     for way in rule.ways(x[:, None], g[:, None], 64.0, DEVICE):
         squares, _ = jax.jit(way.run)()
         np.testing.assert_allclose(squares, 12 * (64 * 4e3) ** 2, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_sums_of_low_precision_are_float32(dtype):
+    """The products of a group are added up, squared and added up without being rounded."""
+    rng = np.random.default_rng(0)
+    x, g = (jnp.asarray(rng.normal(size=(3, 1, 40, width)), dtype) for width in (8, 6))
+    rule = find_rule("dot_general", DENSE, [(3, 40, 8), (8, 6), (3, 40, 6)], 1)
+    rows = np.einsum("nbti,nbto->nio", np.float64(x), np.float64(g))
+    (direct,) = (way for way in rule.ways(x[:, None], g[:, None], 1.0, CPU) if way.name == "Direct")
+    squares, gradient = jax.jit(direct.run)()
+    np.testing.assert_allclose(squares, np.sum(rows**2, axis=(1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(gradient, rows.sum(0), rtol=1e-4, atol=1e-4)
 
 
 def test_no_rule_where_there_is_none():

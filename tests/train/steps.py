@@ -40,6 +40,7 @@ class Setting:
     pieces: int = 1
     microbatch_size: int | None = None
     num_norm_examples: int | None = None
+    group_size: int = 1
     bn_group: int | None = None
     label_smoothing: float = 0.0
     ema_decay: float | None = None
@@ -84,7 +85,7 @@ def make(setting=SETTING):
         trust_coefficient=None,
         max_trust_ratio=None,
         batch_size=BATCH_SIZE,
-        group_size=1,
+        group_size=setting.group_size,
         num_steps=10,
     )
     num_norms = share if setting.num_norm_examples is None else setting.num_norm_examples
@@ -92,6 +93,7 @@ def make(setting=SETTING):
         pieces=setting.pieces,
         piece_size=share // setting.pieces,
         microbatch_size=setting.microbatch_size,
+        group_size=setting.group_size,
         num_norm_examples=num_norms if optimizer.needs_norms else 0,
     )
     body = TrainBody(

@@ -71,7 +71,14 @@ def test_groups_of_devices_have_statistics_of_their_own():
 
 
 @pytest.mark.parametrize(
-    "way", [{}, {"microbatch_size": 8}, {"pieces": 4}, {"pieces": 2, "microbatch_size": 8}], ids=str
+    "way",
+    [
+        {},
+        {"microbatch_size": 8},
+        {"pieces": 4, "group_size": 4},
+        {"pieces": 2, "microbatch_size": 8, "group_size": 2},
+    ],
+    ids=str,
 )
 def test_norms_of_a_part_are_of_the_first_examples(way):
     part = Setting(num_devices=1, bn_group=1, num_norm_examples=12, **way)
@@ -88,22 +95,29 @@ def test_norms_of_a_part_are_of_the_first_examples(way):
         )
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    norms_of = jax.jit(clars_optax.value_and_grad_and_norms(loss_fn, batch_argnums=(1, 2)))
-    norms = [
+    norms_of = jax.jit(
+        clars_optax.value_and_grad_and_norms(
+            loss_fn, batch_argnums=(1, 2), group_size=part.group_size
+        )
+    )
+    results = [
         norms_of(
             params,
             batch["image"][i : i + at_a_time].astype(np.float32),
             batch["label"][i : i + at_a_time],
-        )[2]["head"]["kernel"]
+        )
         for i in range(0, BATCH_SIZE, at_a_time)
     ]
-    mean_norm = np.concatenate(norms)[:12].mean()
+    grad = np.mean([grads["head"]["kernel"] for _, grads, _ in results], axis=0)
+    norms = np.concatenate([norms["head"]["kernel"] for *_, norms in results])
+    norms = norms[: 12 // part.group_size]
 
     _, metrics = take_step(state, batch, part)
 
-    ratio = metrics["trust_ratio"]["head"]["kernel"]
-    expected = 0.01 * np.linalg.norm(params["head"]["kernel"]) / (mean_norm + 1e-6)
+    ratio, factor = (metrics[name]["head"]["kernel"] for name in ("trust_ratio", "variance_factor"))
+    expected = 0.01 * np.linalg.norm(params["head"]["kernel"]) / (norms.mean() + 1e-6)
     np.testing.assert_allclose(ratio, expected, rtol=1e-4)
+    np.testing.assert_allclose(factor, np.mean(norms**2) / np.sum(grad**2), rtol=1e-4)
 
 
 def test_dropout_has_other_masks_in_each_step_piece_and_device():

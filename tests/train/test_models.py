@@ -342,6 +342,66 @@ def test_scales_that_start_at_zero(name, last_norm):
     assert not scales_of_zero()[1]
 
 
+def convolved(x, kernel, stride=1):
+    padding = [((size - 1) // 2,) * 2 for size in kernel.shape[:2]]
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), padding, dimension_numbers=numbers
+    )
+
+
+def normalised(x, weights, averages):
+    x = (x - averages["mean"]) / np.sqrt(averages["var"] + 1e-5)
+    return x * weights["scale"] + weights["bias"]
+
+
+def random_variables(module, *args, **options):
+    shapes = jax.eval_shape(functools.partial(module.init, **options), jax.random.key(0), *args)
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: rng.uniform(0.5, 1, leaf.shape) - 0.5 * (leaf.ndim > 1)
+                        * rng.integers(0, 3, leaf.shape), shapes)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("block", "strides"), [(resnet.BasicBlock, (2, 1)), (resnet.Bottleneck, (1, 2, 1))]
+)
+def test_residual_blocks_by_hand(block, strides):
+    """Figure 5 of the paper; a bottleneck has its stride in the 3x3 convolution."""
+    block = block(filters=4, stride=2, norm=functools.partial(nn.BatchNorm, True))
+    x = np.random.default_rng(1).normal(size=(2, 6, 6, 3)).astype(np.float32)
+    variables = random_variables(block, x)
+    params, averages = variables["params"], variables["batch_stats"]
+
+    h = x
+    for i, stride in enumerate(strides, start=1):
+        h = convolved(nn.relu(h) if i > 1 else h, params[f"conv{i}"]["kernel"], stride)
+        h = normalised(h, params[f"norm{i}"], averages[f"norm{i}"])
+    shortcut = convolved(x, params["shortcut_conv"]["kernel"], 2)
+    shortcut = normalised(shortcut, params["shortcut_norm"], averages["shortcut_norm"])
+
+    np.testing.assert_allclose(
+        jax.jit(block.apply)(variables, x), nn.relu(h + shortcut), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_residual_network_without_blocks_by_hand():
+    """The stem for small images, pooling and the classifier."""
+    network = resnet.ResNet(stage_sizes=(), num_classes=5, width=4)
+    x = np.random.default_rng(1).normal(size=(2, 6, 6, 3)).astype(np.float32)
+    variables = random_variables(network, x, train=False)
+    params, averages = variables["params"], variables["batch_stats"]
+
+    h = convolved(x, params["stem_conv"]["kernel"])
+    h = nn.relu(normalised(h, params["stem_norm"], averages["stem_norm"])).mean((1, 2))
+
+    np.testing.assert_allclose(
+        network.apply(variables, x, train=False),
+        h @ params["head"]["kernel"] + params["head"]["bias"],
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
 # The families with fewer layers than any of `MODELS`, for they take long to compile.
 SHALLOW = {
     "resnet": functools.partial(resnet.ResNet, stage_sizes=(2, 2), width=4),

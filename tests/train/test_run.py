@@ -61,6 +61,7 @@ def test_metrics_are_recorded(short_run):
 
     assert [line["step"] for line in training] == [1, 2, 3]
     assert [line["step"] for line in evaluations] == [2, 3]  # The first pass ends in step 2.
+    assert all(line["epoch"] == line["step"] * 960 / 1437 for line in lines)
     rates = [line["learning_rate"] / training[0]["learning_rate"] for line in training]
     np.testing.assert_allclose(rates, [1, (2 / 3) ** 2, (1 / 3) ** 2], rtol=1e-5)
     for line in training:

@@ -28,6 +28,43 @@ def test_same_run_goes_on(begun):
     assert (begun.workdir / "config.json").read_text() == before
 
 
+# Where a run finds its data, and what it does about what goes wrong.
+MAY_CHANGE = {
+    *("workdir", "data_dir", "resume", "coordinator", "num_processes", "process_id"),
+    *("join_seconds", "checkpoint_steps", "max_bad_examples", "on_nonfinite"),
+    "max_nonfinite_steps",
+}
+
+
+def changed(value):
+    match value:
+        case bool():
+            return not value
+        case int() | float():
+            return 2 * value + 1
+        case str():
+            return "lars" if value == "clars" else value + "-another"
+        case None:
+            return 3
+        case tuple():
+            return (1.0,)
+        case dict():
+            return {name: 2 * rate for name, rate in value.items()}
+    raise AssertionError(value)
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(CONFIG), ids=lambda field: field.name)
+def test_what_may_change_between_the_parts_of_a_run(field, begun):
+    if field.name in ("workdir", "resume"):
+        return  # They say where to go on, and whether.
+    other = dataclasses.replace(begun, **{field.name: changed(getattr(begun, field.name))})
+    if field.name in MAY_CHANGE:
+        assert open_run_folder(other, DIGITS, 1437, DEVICES[:4]) == begun.workdir
+    else:
+        with pytest.raises(ValueError, match=r"which holds a run with --\S+ .*, but now it is "):
+            open_run_folder(other, DIGITS, 1437, DEVICES[:4])
+
+
 def test_record_that_a_kill_has_cut_off_is_written_again(tmp_path):
     (tmp_path / ".config.json").write_text('{"config":')
 

@@ -150,12 +150,13 @@ def test_without_averages_the_last_weights_are_evaluated():
     assert state.eval_variables["batch_stats"] is state.batch_stats
 
 
-def test_evaluation_counts_every_example_once():
-    state = new_state()
+def test_evaluation_counts_every_example_once_with_the_averages():
+    state = new_state(Setting(ema_decay=0.9))
+    state = state.replace(ema=jax.tree.map(lambda x: 1.5 * x, state.ema))
     evaluate = pmap_eval_step(make_eval_body(DIGITS, AXIS), jax.local_devices())
     batch = batch_of(0)
     logits = state.apply_fn(
-        {"params": state.params, "batch_stats": state.batch_stats},
+        state.ema,
         (batch["image"].astype(np.float32) - DIGITS.mean) / np.asarray(DIGITS.std, np.float32),
         train=False,
     )
