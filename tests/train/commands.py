@@ -25,7 +25,8 @@ def run_here(prepared):
 def start(*options, num_devices=8, program="train"):
     """Starts a run on so many CPU devices; `tests.train.small` has a smaller network."""
     environment = {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} "
+        f"--xla_force_host_platform_device_count={num_devices}",
         # Most of what a run compiles takes no time, and every run compiles it.
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
