@@ -22,9 +22,9 @@ from benchmarks.targets import TARGETS, Target, plan_of
 from benchmarks.timing import Compiled
 from clars_optax.norms._rows import Rows
 from clars_optax.norms._rules import Rule, Way, cheapest, cost, platform
-from clars_optax.norms._taps import Use
 from clars_optax.norms._trace import make_plan
 from clars_optax.norms._trials import claims_of
+from clars_optax.norms._use import Use
 
 _Found = TypeVar("_Found")
 

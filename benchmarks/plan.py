@@ -1,6 +1,6 @@
 """What XLA plans for a GPU or a TPU, on a machine that has none: memory, and what that would cost.
 
-`python -m benchmarks.plan` prints one table; `benchmarks/README.md` says what is in it.
+`python -m benchmarks.plan` prints one table; `benchmarks/planned.md` says what is in it.
 """
 
 import argparse

@@ -7,66 +7,9 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from clars_optax._checks import (
-    check_alike,
-    check_non_negative,
-    check_real,
-    check_scalars,
-    checked_mask,
-)
-from clars_optax._trust_ratio import (
-    is_hole,
-    key_names,
-    l2_norm,
-    leaf_name,
-    listed,
-    match_norms,
-    trust_ratio,
-)
-
-_NOT_SCALED = ("bias", "scale", "offset", "b")
-
-
-def default_mask(params: Any) -> Any:
-    """Tells the weights from the biases and the scales of normalisation layers.
-
-    A leaf is a weight if two or more of its axes are longer than 1 and the last key of its path is
-    none of ``bias``, ``scale``, ``offset`` and ``b``. A kernel with a single output counts as a
-    vector. The attribute ``value`` at the end of a path is the box of a variable (Flax NNX, or
-    Linen's ``Partitioned``), not its name, and is passed over.
-
-    Args:
-      params: a tree of arrays (parameters or gradients).
-
-    Returns:
-      A tree like ``params`` of booleans, True for the weights.
-
-    Raises:
-      ValueError: if ``params`` is a step count, which is what ``optax.inject_hyperparams`` calls
-        this function with unless it is told that the masks are no schedules.
-
-    Example:
-      >>> import clars_optax
-      >>> import jax.numpy as jnp
-      >>> clars_optax.default_mask({"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)})
-      {'bias': False, 'kernel': True}
-    """
-    if isinstance(params, int) or (
-        hasattr(params, "dtype")
-        and jnp.ndim(params) == 0
-        and jnp.issubdtype(params.dtype, jnp.integer)
-    ):
-        raise ValueError(
-            f"`default_mask` expects a tree of parameters, but got a step count, {params}: "
-            "`optax.inject_hyperparams` takes every callable for a schedule. Pass it "
-            'static_args=("weight_decay_mask", "trust_ratio_mask").'
-        )
-
-    def is_weight(path: tuple[Any, ...], leaf: Any) -> bool:
-        long_axes = sum(size > 1 for size in jnp.shape(leaf))
-        return long_axes >= 2 and key_names(path)[-1:] not in [(name,) for name in _NOT_SCALED]
-
-    return jax.tree_util.tree_map_with_path(is_weight, params)
+from clars_optax._checks import check_alike, check_non_negative, check_scalars, checked_mask
+from clars_optax._default_mask import default_mask
+from clars_optax._trust_ratio import is_hole, match_norms, trust_ratio
 
 
 def scale_by_clars(
@@ -302,65 +245,6 @@ def clars(
         return _cast_like(new_updates, updates), _cast_like(new_state, state)
 
     return optax.GradientTransformationExtraArgs(chain.init, update_fn)
-
-
-def from_example_grads(
-    tx: optax.GradientTransformation,
-) -> optax.GradientTransformationExtraArgs:
-    """Lets an optimizer that needs per-example gradient norms take per-example gradients.
-
-    Each leaf of the updates carries the N examples on its first axis. ``tx`` gets their mean as its
-    updates and the norm of every example's gradient, float32 of shape [N], as
-    ``example_grad_norms``. Parameters and state are those of ``tx``.
-
-    Args:
-      tx: the optimizer, :func:`clars` for instance.
-
-    Returns:
-      The corresponding :class:`optax.GradientTransformationExtraArgs`.
-
-    Raises:
-      TypeError: if ``tx`` is no transformation; from ``update`` if a leaf is not a real
-        floating-point array.
-      ValueError: from ``update`` if the leaves do not share a leading axis.
-
-    Example:
-      >>> import clars_optax
-      >>> import jax
-      >>> import jax.numpy as jnp
-      >>> tx = clars_optax.from_example_grads(clars_optax.clars(learning_rate=1.0))
-      >>> params, xs = jnp.eye(2), jnp.array([[1.0, 2.0], [3.0, 4.0]])
-      >>> loss_fn = lambda w, x: jnp.sum((w @ x) ** 2)
-      >>> example_grads = jax.vmap(jax.grad(loss_fn), in_axes=(None, 0))(params, xs)
-      >>> updates, state = tx.update(example_grads, tx.init(params), params)
-      >>> updates.shape
-      (2, 2)
-    """
-    if not (hasattr(tx, "init") and hasattr(tx, "update")):
-        raise TypeError(
-            f"`tx` is of type {type(tx).__name__}: expected is an optimizer of Optax. Pass "
-            "`clars_optax.clars(learning_rate)`, for instance."
-        )
-    tx = optax.with_extra_args_support(tx)
-
-    def update_fn(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, Any]:
-        check_real("updates", updates)
-        shapes = [
-            (leaf_name(p), jnp.shape(g)) for p, g in jax.tree_util.tree_leaves_with_path(updates)
-        ]
-        if len({shape[:1] for _, shape in shapes}) > 1 or any(not sum(s[:1]) for _, s in shapes):
-            raise ValueError(
-                "`from_example_grads` expects per-example gradients: updates whose leaves all have "
-                f"the examples on their first axis. Got {listed(f'{p}: {s}' for p, s in shapes)}. "
-                "Get them from `jax.vmap(jax.grad(loss_fn), in_axes=(None, 0))`."
-            )
-        norms = jax.tree.map(jax.vmap(l2_norm), updates)
-        means = jax.tree.map(lambda g: jnp.mean(g, axis=0), updates)
-        return tx.update(means, state, params, example_grad_norms=norms, **extra_args)
-
-    return optax.GradientTransformationExtraArgs(tx.init, update_fn)
 
 
 def _check_given(params: Any) -> None:

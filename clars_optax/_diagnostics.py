@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from clars_optax._checks import check_alike, check_non_negative, checked_mask
-from clars_optax._clars import default_mask
+from clars_optax._default_mask import default_mask
 from clars_optax._trust_ratio import is_hole, leaf_name, match_norms, trust_ratio
 
 

@@ -10,7 +10,8 @@ from clars_optax.norms._nested import Entry, Nested
 from clars_optax.norms._plan import Plan
 from clars_optax.norms._program import Value
 from clars_optax.norms._rows import Rows
-from clars_optax.norms._taps import Use, carry, claimed, fan_out, meet, spread
+from clars_optax.norms._taps import carry, claimed, fan_out, meet, spread
+from clars_optax.norms._use import Use
 
 
 def run(plan: Plan, entering: Sequence[Entry], rows: Rows) -> list[Entry]:

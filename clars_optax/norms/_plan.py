@@ -17,7 +17,7 @@ from clars_optax.norms._obstacles import AFTER_THE_MEAN, find_obstacle, is_addit
 from clars_optax.norms._program import Operation, Program, Value
 from clars_optax.norms._rules import Elementwise, Rule, find_rule
 from clars_optax.norms._scope import Scope
-from clars_optax.norms._taps import Use
+from clars_optax.norms._use import Use
 
 # Between a parameter and its use, these change neither the norm of a gradient nor what a rule sees.
 _VIEWS = frozenset(

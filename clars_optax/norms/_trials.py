@@ -9,7 +9,7 @@ from clars_optax.norms._plan import Plan
 from clars_optax.norms._program import Operation
 from clars_optax.norms._rows import Rows
 from clars_optax.norms._rules import Platform, Rule, all_at_once, platform
-from clars_optax.norms._taps import Use
+from clars_optax.norms._use import Use
 
 
 def try_kernels(plan: Plan, rows: Rows) -> None:

@@ -364,7 +364,7 @@ def test_the_conclusion_is_that_of_the_committed_results():
     ]
     results = pd.concat(parts).set_index(["network", "batch_size", "optimizer"])
     cases = list(itertools.product(("resnet8_narrow", "densenet16_narrow"), (512, 2048, 4096)))
-    text = (RESULTS.parent / "README.md").read_text()
+    text = (RESULTS.parent / "convergence" / "README.md").read_text()
 
     def cells(name, other=None):
         for case in cases:

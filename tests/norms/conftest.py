@@ -1,6 +1,6 @@
 import pytest
 
-from clars_optax.norms import _taps, _transform
+from clars_optax.norms import _one_batch, _taps
 from tests.norms.interpreted import INTERPRETED, make_problem
 
 
@@ -18,5 +18,5 @@ def problem():
 @pytest.fixture
 def interpreted(monkeypatch):
     """Lets the kernels run in the interpreter, wherever they can."""
-    for module in (_taps, _transform):
+    for module in (_one_batch, _taps):
         monkeypatch.setattr(module, "platform", lambda: INTERPRETED)

@@ -9,7 +9,7 @@ from train.run_folder import CHECKPOINTS
 
 OPTIONS = (
     *("digits", "--batch-size", "240", "--epochs", "1", "--transfer-size", "120"),
-    *("--bn-group", "2", "--seed", "1"),
+    *("--microbatch-size", "15", "--bn-group", "2", "--seed", "1"),
 )
 
 
