@@ -55,8 +55,10 @@ os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 if tuple(map(int, jaxlib.__version__.split(".")[:2])) < (0, 11):
-    # The older of its two ways to write loops compiles twice as fast; later versions have one.
+    # The older of XLA's two ways to write loops compiles twice as fast; later it has one. And each
+    # worker has a core: threads that share out what one of them compiles only get in the way.
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
 
 
 @pytest.fixture(scope="module")

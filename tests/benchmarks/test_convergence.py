@@ -300,7 +300,11 @@ def digits_as_fashion_mnist(tmp_path_factory):
     return folder
 
 
-def test_command_trains_what_is_missing_and_reports(tmp_path, capsys, digits_as_fashion_mnist):
+def test_command_trains_what_is_missing_and_reports(
+    tmp_path, capsys, monkeypatch, digits_as_fashion_mnist
+):
+    # Its processes, too, compile fast.
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
     options = {"--data-dir": digits_as_fashion_mnist, "--output": tmp_path / "study"}
     arguments = ["--preset", "smoke", *map(str, itertools.chain(*options.items()))]
     main = functools.partial(convergence.main, arguments)
