@@ -1,4 +1,4 @@
-"""Large-batch training without warmup: CLARS for Optax, and exact per-example gradient norms."""
+"""Large-batch training without warm-up: CLARS for Optax, and exact per-example gradient norms."""
 
 from clars_optax._clars import clars, scale_by_clars
 from clars_optax._default_mask import default_mask

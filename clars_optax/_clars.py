@@ -132,7 +132,7 @@ def clars(
     eps: ArrayLike = 1e-6,
     trust_ratio_mask: Any = default_mask,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Complete layer-wise adaptive rate scaling: large batches without warmup.
+    r"""Complete layer-wise adaptive rate scaling: large batches without warm-up.
 
     For a leaf :math:`w` with gradient :math:`g` and per-example gradients :math:`g_i`, with
     :math:`\mu` the momentum, :math:`\lambda` the weight decay and :math:`\gamma` the learning rate:

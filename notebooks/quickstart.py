@@ -14,13 +14,13 @@
 # ---
 
 # %% [markdown]
-# # CLARS: large batches without warmup
+# # CLARS: large batches without warm-up
 #
 # [![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/clars-optax/clars_optax/blob/main/notebooks/quickstart.ipynb)
 #
 # This notebook trains a small convolutional network with BatchNorm on scikit-learn's handwritten
 # digits: half of the training set per step, and a learning rate that starts at its highest value,
-# without warmup. It then shows what CLARS did to every layer, and how its denominators differ
+# without warm-up. It then shows what CLARS did to every layer, and how its denominators differ
 # from those of LARS.
 
 # %% tags=["skip-execution"]
