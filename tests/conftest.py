@@ -37,6 +37,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if config.getoption("-m") in ("cuda", "tpu"):
+        # They are compiled for without being there, which fails once JAX has looked for them.
+        os.environ["JAX_PLATFORMS"] = "cpu"
     if config.getoption("--full"):
         settings = hypothesis.settings()
         hypothesis.settings.register_profile(
