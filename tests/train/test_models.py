@@ -358,8 +358,13 @@ def normalised(x, weights, averages):
 def random_variables(module, *args, **options):
     shapes = jax.eval_shape(functools.partial(module.init, **options), jax.random.key(0), *args)
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: rng.uniform(0.5, 1, leaf.shape) - 0.5 * (leaf.ndim > 1)
-                        * rng.integers(0, 3, leaf.shape), shapes)  # fmt: skip
+
+    def draw(leaf):
+        values = rng.uniform(0.5, 1, leaf.shape)
+        # Variances are positive; kernels have both signs.
+        return values - 0.5 * rng.integers(0, 3, leaf.shape) if leaf.ndim > 1 else values
+
+    return jax.tree.map(draw, shapes)
 
 
 @pytest.mark.parametrize(
