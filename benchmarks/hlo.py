@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 _BITS = {"pred": 8, "token": 0, "bf16": 16}
 # These give names to what is there.
@@ -85,22 +85,31 @@ def kernels_of(text: str) -> list[Kernel]:
     ]
 
 
-def cycles_of(text: str) -> int:
+def cycles_of(text: str, cycles_of_kernel: Callable[[str, int], float] | None = None) -> float:
     """Adds up the cycles of a TPU that a program's operations take, by the compiler's estimate.
 
     Transfers that go on meanwhile have none, and neither have a few operations.
 
     Args:
         text: `compiled.as_text()`, for a TPU.
+        cycles_of_kernel: finds those of a kernel, for which the compiler has no estimate, from its
+            name and the bytes that it loads and stores.
 
     Raises:
-        ValueError: the text has no entry, a loop of unknown length, or branches.
+        ValueError: the text has no entry, a loop of unknown length, branches, or kernels that
+            nothing is known of.
     """
     entry, computations = _parse(text)
-    total = 0
+    total = 0.0
     for instruction, _, times in _walk(computations, entry, 1):
         if instruction.opcode == "conditional":
             raise ValueError(f"Which branch of {instruction.name} runs is not known.")
+        if instruction.attribute(r'custom_call_target="(tpu_custom_call)"'):
+            moved = instruction.attribute(r'"bytes_accessed":"?(\d+)')
+            if cycles_of_kernel is None or moved is None:
+                raise ValueError(f"What the kernel {instruction.name} takes is not known.")
+            total += times * cycles_of_kernel(instruction.name, int(moved))
+            continue
         total += times * int(instruction.attribute(r'"estimated_cycles":"(\d+)"') or 0)
     return total
 

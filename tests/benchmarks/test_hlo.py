@@ -112,8 +112,17 @@ ENTRY %main (start: (s32[], f32[8])) -> f32[8] {
 """  # noqa: E501
 
 
+# A kernel that moves 64 bytes, in the loop.
+WITH_KERNEL = TPU.replace(
+    "  ROOT %tuple =",
+    '  %ours.1 = f32[8]{0:T(256)} custom-call(%x), custom_call_target="tpu_custom_call", '
+    'backend_config={"cost_estimate":{"flops":"8","bytes_accessed":"64"}}\n  ROOT %tuple =',
+)
+
+
 def test_cycles():
     assert cycles_of(TPU) == 5 * 30 + 7
+    assert cycles_of(WITH_KERNEL, lambda name, moved: {"ours.1": moved / 2}[name]) == 5 * 62 + 7
 
 
 @pytest.mark.parametrize(
@@ -122,6 +131,7 @@ def test_cycles():
         (TPU.replace("constant(5)", "parameter(1)"), "while is a loop of unknown length"),
         (TPU.replace("direction=LT", "direction=NE"), "while is a loop of unknown length"),
         (TPU.replace(" while(", " conditional("), "branch of while runs is not known"),
+        (WITH_KERNEL, "the kernel ours.1 takes is not known"),
     ],
 )
 def test_cycles_that_are_not_known(text, message):

@@ -8,8 +8,9 @@ from jax.experimental import topologies
 import clars_optax
 from benchmarks import plan
 from benchmarks.targets import TARGETS, Target, plan_of
-from clars_optax.norms._rules import _depthwise, _kernel
+from clars_optax.norms._rules import _depthwise, _kernel, _kernel_tpu
 from clars_optax.norms._rules._geometry import Geometry, Window
+from tests.norms.geometries import CHIP_BYTES, GEOMETRIES, draw
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
@@ -69,6 +70,29 @@ def test_table_for_a_tpu(capsys, device, name):
     assert machine.endswith(f"compiled for {name}")
     assert "**mlp**, N=512 | plain" in of_plain
     assert 1 <= float(of_exact.split("|")[-2]) < 1.5
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("device", ["v5e", "v6e"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_kernels_for_a_tpu_become_machine_code(name, dtype, device):
+    geometry = GEOMETRIES[name]
+    x, g, _ = draw(geometry, dtype)
+
+    def cycles(precision=None):
+        run = functools.partial(
+            _kernel_tpu.weight_gradient_and_squares,
+            geometry,
+            chip_bytes=CHIP_BYTES,
+            scale=1.0,
+            precision=precision,
+            interpret=False,
+        )
+        return plan_of(run, (x, g), TARGETS[device])["cycles"]
+
+    # What is exact takes several products for one.
+    assert 0 < cycles() < cycles(jax.lax.Precision.HIGHEST)
 
 
 @pytest.mark.cuda

@@ -9,7 +9,9 @@ import numpy as np
 from clars_optax.norms._rules import Platform
 
 # Its operations and all bytes are free there, so that it is chosen wherever it can be.
-INTERPRETED = Platform(0.0, 1.0, 2**20, kernel_factor=0.0, makes_all=True, kernels="interpreted")
+INTERPRETED = Platform(
+    0.0, 1.0, 2**20, kernel_factor=0.0, makes_all=True, kernels="gpu", interprets=True
+)
 
 
 def conv(x, w, **options):

@@ -338,7 +338,7 @@ def test_derivatives_are_those_of_the_other_ways(problem, request):
 def compiled(monkeypatch):
     """A GPU's line of the cost model, for a program that runs on a CPU after all."""
     monkeypatch.setattr(
-        _taps, "platform", lambda: dataclasses.replace(INTERPRETED, kernels="compiled")
+        _taps, "platform", lambda: dataclasses.replace(INTERPRETED, interprets=False)
     )
     monkeypatch.setattr(_fused, "is_right", lambda *_: True)
 
@@ -440,7 +440,7 @@ def test_trial_finds_what_is_wrong(trial, kind, change):
 def test_kernels_of_a_program_are_tried_side_by_side_before_it_is_traced(monkeypatch, problem):
     for module in (_taps, _trials):
         monkeypatch.setattr(
-            module, "platform", lambda: dataclasses.replace(INTERPRETED, kernels="compiled")
+            module, "platform", lambda: dataclasses.replace(INTERPRETED, interprets=False)
         )
     tried = {True: [], False: []}
 
@@ -459,7 +459,7 @@ def test_kernels_of_a_program_are_tried_side_by_side_before_it_is_traced(monkeyp
 
 def test_where_it_does_not_run_that_is_said_once(trial):
     del trial  # the kernel itself, on a CPU
-    with pytest.warns(RuntimeWarning, match="not run on this GPU, so XLA computes .* interpret"):
+    with pytest.warns(RuntimeWarning, match="not run on this device, so XLA computes .* interpret"):
         assert not _trial.is_right(*PRODUCTS[0])
     # A second warning would be an error.
     assert not _trial.is_right(*PRODUCTS[0])
@@ -469,12 +469,12 @@ def test_where_it_does_not_run_that_is_said_once(trial):
 def test_needs_a_gpu_and_a_program_that_is_shared_out_in_one_way(monkeypatch):
     assert platform().kernels == "none"
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert platform().kernels == "compiled"
+    assert platform().kernels == "gpu"
     seen = []
     jax.pmap(lambda x: (seen.append(platform().kernels), x)[1])(jnp.zeros(2))
-    assert set(seen) == {"compiled"}
+    assert set(seen) == {"gpu"}
     mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
-    for axes, expected in (({"a"}, "none"), ({"a", "b"}, "compiled")):
+    for axes, expected in (({"a"}, "none"), ({"a", "b"}, "gpu")):
         seen.clear()
         jax.jit(
             jax.shard_map(

@@ -14,7 +14,7 @@ from clars_optax.norms._rules import Platform, Way, _conv, _elementwise, cheapes
 from clars_optax.norms._rules._ways import Squares
 
 SCALE = 3.0
-DEVICE = Platform(1.0, 1.0, chunk_bytes=2**20, splits_sums=True, kernels="interpreted")
+DEVICE = Platform(1.0, 1.0, chunk_bytes=2**20, splits_sums=True, kernels="gpu", interprets=True)
 CPU = Platform(1.0, 1.0, chunk_bytes=2**20)
 DENSE = {"dimension_numbers": (((2,), (0,)), ((), ())), "precision": None}
 

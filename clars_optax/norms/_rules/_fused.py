@@ -8,15 +8,16 @@ import jax
 import jax.numpy as jnp
 
 from clars_optax.norms._rules._depthwise import Cuts, gradients_of_groups
+from clars_optax.norms._rules._fused_tpu import fused_on_tpu
 from clars_optax.norms._rules._geometry import Geometry
+from clars_optax.norms._rules._guarded import Direct, guarded
 from clars_optax.norms._rules._kernel import Sides, Tiles, weight_gradient_and_squares
 from clars_optax.norms._rules._products import squared, sum_of_rows
-from clars_optax.norms._rules._shares import Kernel, is_shared_out, shared_out
+from clars_optax.norms._rules._shares import Kernel
 from clars_optax.norms._rules._trial import is_right, try_depthwise, try_products
 from clars_optax.norms._rules._ways import Platform, Squares, Way
 
 Place = Callable[[jax.Array], jax.Array]
-Direct = Callable[[jax.Array, jax.Array], Squares]
 
 
 def fused(
@@ -46,8 +47,11 @@ def fused(
     if device.kernels == "none":
         return []
     precision = _one(precision)
+    if device.kernels == "tpu":
+        options = {"precision": precision, "device": device, "direct": direct}
+        return fused_on_tpu(geometry, x, g, scale, place, **options) if x.dtype == g.dtype else []
     sides = Sides.of(geometry, x.dtype.itemsize)
-    interpret = device.kernels == "interpreted"
+    interpret = device.interprets
 
     run = functools.partial(
         weight_gradient_and_squares,
@@ -81,7 +85,7 @@ def fused(
     def placed(total: jax.Array, squares: jax.Array) -> Squares:
         return Squares(squares, place(total))
 
-    way = _guarded(kernel, placed, geometry, direct, interpret)
+    way = guarded(kernel, placed, geometry, direct, device)
     uses = 1.0 * geometry.groups * tiles.steps * sides.uses
     loaded = x.dtype.itemsize * uses * tiles.number * (sides.rows + sides.columns)
     # Products go on while operands are loaded, and both while memory gives them; the ordinary
@@ -121,9 +125,9 @@ def fused_depthwise(
       device: what the program will run on.
       direct: as for `fused`.
     """
-    if device.kernels == "none":
+    if device.kernels != "gpu":
         return []
-    interpret = device.kernels == "interpreted"
+    interpret = device.interprets
 
     run = functools.partial(gradients_of_groups, interpret=interpret)
 
@@ -141,7 +145,7 @@ def fused_depthwise(
     def summed(rows: jax.Array) -> Squares:
         return Squares(squared(rows * scale), place(sum_of_rows(rows)))
 
-    way = _guarded(kernel, summed, geometry, direct, interpret)
+    way = guarded(kernel, summed, geometry, direct, device)
     rows_bytes = 4.0 * geometry.groups * geometry.entries
     flops = 2.0 * geometry.groups * geometry.uses * geometry.entries
     return [
@@ -154,48 +158,6 @@ def fused_depthwise(
             saved=flops,
         )
     ]
-
-
-def _guarded(
-    kernel: Kernel,
-    finish: Callable[..., Squares],
-    geometry: Geometry,
-    direct: Direct,
-    interpret: bool,
-) -> Direct:
-    """The kernel, and `direct` for derivatives and on other kinds of devices.
-
-    Where the compiler shares out the program, `direct` also takes its place under `vmap`.
-    """
-
-    def alone(x: jax.Array, g: jax.Array) -> Squares:
-        return finish(*kernel(geometry, x, g))
-
-    def on_devices(x: jax.Array, g: jax.Array) -> Squares:
-        return finish(*shared_out(kernel, geometry, x, g))
-
-    run_kernel = _unless_mapped(on_devices, direct) if is_shared_out() else alone
-
-    @jax.custom_jvp
-    def run(x: jax.Array, g: jax.Array) -> Squares:
-        if interpret:
-            return run_kernel(x, g)
-        return jax.lax.platform_dependent(x, g, cuda=run_kernel, rocm=run_kernel, default=direct)
-
-    run.defjvp(lambda primals, tangents: jax.jvp(direct, primals, tangents))
-    return run
-
-
-def _unless_mapped(kernel: Direct, direct: Direct) -> Direct:
-    """The kernel, but under `vmap` `direct`."""
-    run: Any = jax.custom_batching.custom_vmap(kernel)
-
-    @run.def_vmap
-    def _(_: int, is_mapped: Any, x: jax.Array, g: jax.Array) -> tuple[Squares, Any]:
-        found = jax.vmap(direct, [0 if one else None for one in is_mapped])(x, g)
-        return found, jax.tree.map(lambda _: True, found)
-
-    return run
 
 
 def _fits(x: jax.Array, g: jax.Array) -> bool:

@@ -35,6 +35,12 @@ class Window:
         return self == Window(self.pixels, self.pixels, 1)
 
     @property
+    def is_tiled(self) -> bool:
+        """Whether positions meet pixels of their own, that follow on each other."""
+        tiled = Window(self.pixels, self.positions, self.taps, stride=self.taps)
+        return self == tiled and self.positions * self.taps <= self.pixels
+
+    @property
     def span(self) -> int:
         """Pixels from the first that some tap meets to the last one, in an image padded for it."""
         return (self.positions - 1) * self.stride + (self.taps - 1) * self.dilation + 1

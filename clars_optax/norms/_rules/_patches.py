@@ -52,6 +52,8 @@ def unfolded(
     windows: Sequence[Window], x: jax.Array, blocks: int, whole: int | None = None
 ) -> jax.Array:
     """The patches, `[..., *positions, taps * channels]`, blocks of channels on the outside."""
+    if blocks == 1 and whole is None and all(window.is_tiled for window in windows):
+        return _tiled(windows, x)
     parts = met(windows, padded(windows, x), whole=whole)
     if len(parts) == 1:
         return parts[0]
@@ -59,6 +61,19 @@ def unfolded(
         return jnp.concatenate(parts, axis=-1)
     parts = [part.reshape(*part.shape[:-1], blocks, -1) for part in parts]
     return jnp.concatenate(parts, axis=-1).reshape(*parts[0].shape[:-2], -1)
+
+
+def _tiled(windows: Sequence[Window], x: jax.Array) -> jax.Array:
+    """The patches of an image that they tile: nothing is copied for them but once."""
+    first = _first(windows, x)
+    limits = [*x.shape[:first], *(w.positions * w.taps for w in windows), x.shape[-1]]
+    x = jax.lax.slice(x, [0] * x.ndim, limits)
+    sizes = itertools.chain.from_iterable((w.positions, w.taps) for w in windows)
+    x = x.reshape(*x.shape[:first], *sizes, x.shape[-1])
+    positions = range(first, x.ndim - 1, 2)
+    taps = range(first + 1, x.ndim - 1, 2)
+    x = x.transpose(*range(first), *positions, *taps, x.ndim - 1)
+    return x.reshape(*x.shape[: first + len(windows)], -1)
 
 
 def unfolded_bytes(windows: Sequence[Window], x: jax.Array) -> float:

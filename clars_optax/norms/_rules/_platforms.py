@@ -26,6 +26,19 @@ def platform() -> Platform:
     kind = _PLATFORMS.get(jax.default_backend(), _PLATFORMS["gpu"])
     if not can_run():
         return kind
+    if jax.default_backend() == "tpu":
+        return dataclasses.replace(kind, kernels="tpu", chip_bytes=_chip_bytes())
     # A kernel reads operands once. Without one all ways copy them, and by XLA's plan for an H100
     # those that are chosen as if copies were free move less.
-    return dataclasses.replace(kind, kernels="compiled", reread_factor=1.0, makes_all=True)
+    return dataclasses.replace(kind, kernels="gpu", reread_factor=1.0, makes_all=True)
+
+
+def _chip_bytes() -> int:
+    """How much of what a TPU has on the chip a step of a kernel may take: half of it."""
+    from jax.experimental.pallas import tpu
+
+    try:
+        return tpu.get_tpu_info().vmem_capacity_bytes // 2
+    except ValueError:
+        # A kind of TPU that Pallas does not know: there, XLA does the work.
+        return 0

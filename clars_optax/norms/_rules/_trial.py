@@ -1,4 +1,4 @@
-"""Whether the kernels can be run, and find on the GPU at hand what NumPy finds."""
+"""Whether the kernels can be run, and find on the device at hand what NumPy finds."""
 
 import concurrent.futures
 import functools
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clars_optax.norms._rules import _depthwise, _kernel
+from clars_optax.norms._rules import _depthwise, _kernel, _kernel_tpu
 from clars_optax.norms._rules._geometry import Geometry, Window
 
 # More than a kernel for products has parts here, so that its programs have several groups.
@@ -26,11 +26,11 @@ _THREADS = 16
 def can_run() -> bool:
     """Whether a kernel can be run where the program that is being traced will run.
 
-    On a GPU, but of several not inside a `jax.shard_map` that leaves some axes to the compiler,
-    nor where the compiler's partitioner is not Shardy. Where the environment variable
+    On GPUs and TPUs, but of several not inside a `jax.shard_map` that leaves some axes to the
+    compiler, nor where the compiler's partitioner is not Shardy. Where the environment variable
     CLARS_OPTAX_KERNEL is "off", none is used.
     """
-    if jax.default_backend() != "gpu" or os.environ.get("CLARS_OPTAX_KERNEL") == "off":
+    if jax.default_backend() not in ("gpu", "tpu") or os.environ.get("CLARS_OPTAX_KERNEL") == "off":
         return False
     mesh = jax.sharding.get_abstract_mesh()
     if jax.device_count() == 1 or mesh.are_all_axes_manual:
@@ -60,12 +60,12 @@ _asked: ContextVar[dict[tuple[Any, ...], None] | None] = ContextVar("kinds", def
 
 
 def is_right(trial: Callable[..., None], *kind: Any) -> bool:
-    """Tries a kind of kernel on the GPU; where it fails, warns that XLA does its work, but once.
+    """Tries a kind of kernel on the device; where it fails, warns that XLA does its work, but once.
 
     Inside of `all_at_once` it is not known yet.
 
     Args:
-      trial: `try_products` or `try_depthwise`.
+      trial: `try_products`, `try_depthwise` or `try_on_tpu`.
       *kind: its arguments.
     """
     asked = _asked.get()
@@ -83,7 +83,7 @@ def _warn_once(error: str) -> None:
     if not _has_warned:
         _has_warned = True
         warnings.warn(
-            "A kernel for per-example gradient norms does not run on this GPU, so XLA computes "
+            "A kernel for per-example gradient norms does not run on this device, so XLA computes "
             f"them, with more memory traffic. {error}",
             RuntimeWarning,
             stacklevel=3,
@@ -130,7 +130,7 @@ def try_products(
     """
     geometry = geometry_of(rows, columns, uses, is_one_step, is_folded)
     (window,), blocks, inner = geometry.windows, geometry.blocks, geometry.inner
-    x, g = _draw((window.pixels, blocks * inner), (window.positions, blocks * columns))
+    x, g = _draw(_NUM_GROUPS, (window.pixels, blocks * inner), (window.positions, blocks * columns))
     cotangents = g.reshape(*g.shape[:2], blocks, columns).swapaxes(1, 2)
     gradients = np.stack(
         [
@@ -181,7 +181,7 @@ def try_depthwise(channels: int, taps: int, dtype: str) -> None:
     positions, channels = 67, channels - 8
     window = Window(2 * positions + taps - 3, positions, taps, stride=2, padding=1)
     geometry = Geometry(_NUM_GROUPS, channels, 1, (window,), 1, 1, blocks_first=False)
-    x, g = _draw((window.pixels, channels), (positions, channels))
+    x, g = _draw(_NUM_GROUPS, (window.pixels, channels), (positions, channels))
     gradients = np.stack([np.sum(a * g, axis=1) for a in _met(x, window)], axis=1)
     run = functools.partial(_depthwise.gradients_of_groups, geometry, interpret=False)
     (found,) = _run(run, dtype, x, g)
@@ -189,17 +189,63 @@ def try_depthwise(channels: int, taps: int, dtype: str) -> None:
         raise RuntimeError(f"Its results for depthwise kernels in {dtype} are wrong.")
 
 
-def _draw(*shapes: tuple[int, ...]) -> list[np.ndarray]:
+def try_on_tpu(geometry: Geometry, dtype: str, precision: Any, chip_bytes: int) -> None:
+    """Tries `_kernel_tpu.weight_gradient_and_squares`.
+
+    Args:
+      geometry: where things are.
+      dtype: that of the arrays.
+      precision: that of the products.
+      chip_bytes: how many bytes a step may take on the chip.
+
+    Raises:
+      RuntimeError: NumPy finds something else.
+    """
+    windows, groups, images = geometry.windows, geometry.groups, geometry.images
+    x, g = _draw(
+        groups,
+        (images, *(window.pixels for window in windows), geometry.inner),
+        (images, *(window.positions for window in windows), geometry.outer),
+    )
+    patches = [x]
+    for axis, window in enumerate(windows, 2):
+        patches = [met for some in patches for met in _met(some, window, axis)]
+    a = np.stack([some.reshape(groups, geometry.uses, geometry.inner) for some in patches], axis=1)
+    gradients = a.swapaxes(2, 3) @ g.reshape(groups, 1, geometry.uses, geometry.outer)
+    run = functools.partial(
+        _kernel_tpu.weight_gradient_and_squares,
+        geometry,
+        chip_bytes=chip_bytes,
+        scale=1.0,
+        precision=precision,
+        interpret=False,
+    )
+    total, squares = _run(run, dtype, x, g)
+    if not (
+        np.array_equal(total[0], gradients.sum(0))
+        and np.allclose(squares, np.sum(gradients**2, axis=(1, 2, 3)))
+    ):
+        raise RuntimeError(f"Its results for {geometry} in {dtype} are wrong.")
+
+
+def _draw(number: int, *shapes: tuple[int, ...]) -> list[np.ndarray]:
     """Small integers, which are exact in all dtypes and precisions, for each group."""
     rng = np.random.default_rng(0)
-    return [rng.integers(-3, 4, (_NUM_GROUPS, *shape)).astype(np.float32) for shape in shapes]
+    return [rng.integers(-3, 4, (number, *shape)).astype(np.float32) for shape in shapes]
 
 
-def _met(x: np.ndarray, window: Window) -> list[np.ndarray]:
-    """For each tap, the pixels that it meets."""
-    x = np.pad(x, ((0, 0), (window.padding, window.taps), (0, 0)))
-    reach = window.positions * window.stride
-    return [x[:, tap : tap + reach : window.stride] for tap in range(window.taps)]
+def _met(x: np.ndarray, window: Window, axis: int = 1) -> list[np.ndarray]:
+    """For each tap, the pixels that it meets along an axis, or zeros."""
+    shape = [1] * x.ndim
+    shape[axis] = window.positions
+    parts = []
+    for tap in range(window.taps):
+        places = np.arange(window.positions) * window.stride + tap * window.dilation
+        pixels, holes = np.divmod(places - window.padding, window.spread)
+        is_inside = (holes == 0) & (pixels >= 0) & (pixels < window.pixels)
+        part = np.take(x, np.where(is_inside, pixels, 0), axis)
+        parts.append(part * is_inside.reshape(shape))
+    return parts
 
 
 def _run(function: Callable[..., Any], dtype: str, *arrays: np.ndarray) -> list[np.ndarray]:

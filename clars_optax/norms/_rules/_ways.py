@@ -61,7 +61,9 @@ class Platform:
       cache_factor: how many bytes a cache moves while memory moves one.
       splits_sums: whether XLA cuts long sums in parts.
       makes_all: whether the norms of all examples cost no more than those of some.
-      kernels: whether the kernels can be run: not at all, on a GPU, or in Pallas's interpreter.
+      kernels: the kind of device whose kernels can be run, if any.
+      interprets: whether they run in Pallas's interpreter, on any device.
+      chip_bytes: how much a step of a TPU's kernel may have on the chip.
     """
 
     flops_per_byte: float
@@ -73,7 +75,9 @@ class Platform:
     cache_factor: float = 1.0
     splits_sums: bool = False
     makes_all: bool = False
-    kernels: Literal["none", "compiled", "interpreted"] = "none"
+    kernels: Literal["none", "gpu", "tpu"] = "none"
+    interprets: bool = False
+    chip_bytes: int = 0
 
 
 def cost(way: Way, device: Platform, *, needs_gradient: bool) -> float:

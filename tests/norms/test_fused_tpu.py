@@ -1,0 +1,260 @@
+"""The kernel for TPUs: in Pallas's interpreter, and as TPUs would get it."""
+
+import dataclasses
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import (
+    AbstractDevice,
+    AbstractMesh,
+    AxisType,
+    NamedSharding,
+    PartitionSpec,
+)
+
+import clars_optax
+from clars_optax.norms import _one_batch, _taps
+from clars_optax.norms._rules import (
+    Platform,
+    _fused_tpu,
+    _kernel_tpu,
+    _trial,
+    platform,
+)
+from clars_optax.norms._rules._blocks import SIDE, Blocks
+from clars_optax.norms._rules._geometry import Geometry, Window
+from tests.norms.geometries import CHIP_BYTES, GEOMETRIES, draw, pixels_met
+from tests.norms.interpreted import assert_same, conv
+
+INTERPRETED = Platform(
+    *(0.0, 1.0, 2**20),
+    kernel_factor=0.0,
+    makes_all=True,
+    kernels="tpu",
+    interprets=True,
+    chip_bytes=CHIP_BYTES,
+)
+"""Its operations and all bytes are free there, so that it is chosen wherever it can be."""
+
+
+def rows_of(runs):
+    """The rows that runs inside each other copy, and where they copy them to."""
+    pairs = [(0, 0)]
+    for run in runs:
+        steps = range(run.number)
+        pairs = [
+            (a + run.source + k * run.source_step, b + run.target + k * run.target_step)
+            for a, b in pairs
+            for k in steps
+        ]
+    return pairs
+
+
+window = st.builds(
+    Window,
+    pixels=st.integers(1, 9),
+    positions=st.integers(1, 9),
+    taps=st.integers(1, 4),
+    stride=st.integers(1, 3),
+    dilation=st.integers(1, 3),
+    padding=st.integers(-2, 4),
+    spread=st.integers(1, 3),
+)
+
+
+@hypothesis.given(st.lists(window, min_size=1, max_size=2), st.integers(1, 3))
+def test_every_use_meets_its_pixel(windows, images):
+    geometry = Geometry(SIDE, 1, images, tuple(windows), 8, 8, blocks_first=False)
+    blocks = Blocks.of(geometry, 4, CHIP_BYTES)
+    pixels = np.full(blocks.image_rows, -1)
+    for runs in blocks.image_runs:
+        for source, target in rows_of(runs):
+            assert pixels[target] == -1
+            pixels[target] = source
+    (runs,) = blocks.cotangent_runs
+    uses, rows = zip(*rows_of(runs), strict=True)
+    assert uses == tuple(range(geometry.uses))
+    assert max(rows) < blocks.cotangent_rows == blocks.chunks * blocks.chunk
+    assert max(blocks.offsets) + blocks.cotangent_rows <= blocks.image_rows
+    found = pixels[np.array(blocks.offsets)[:, None] + np.array(rows)]
+    np.testing.assert_array_equal(found, pixels_met(geometry))
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_finds_gradient_and_norms(name, dtype):
+    geometry = GEOMETRIES[name]
+    x, g, gradients = draw(geometry, dtype)
+    total, squares = _kernel_tpu.weight_gradient_and_squares(
+        *(geometry, x, g),
+        chip_bytes=CHIP_BYTES,
+        scale=0.5,
+        precision=None,
+        interpret=True,
+    )
+    np.testing.assert_array_equal(total[0], gradients.sum(0))
+    np.testing.assert_allclose(squares, np.sum((0.5 * gradients) ** 2, axis=(1, 2, 3)), rtol=1e-6)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Lets the kernel run in the interpreter, wherever it can."""
+    for module in (_one_batch, _taps):
+        monkeypatch.setattr(module, "platform", lambda: INTERPRETED)
+
+
+def small_network(params, x):
+    """Convolutions with normalisation between them, and a loop of layers."""
+    h = conv(x, params["stem"], window_strides=(2, 2))
+    h = jnp.tanh((h - h.mean((0, 1, 2))) / (h.std((0, 1, 2)) + 0.1))
+    h = conv(h, params["pixels"]).mean((1, 2))[:, None] * h.reshape(len(h), -1, 4)
+    h, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, params["layers"])
+    return jnp.mean(jnp.sum(jnp.square(h), axis=(1, 2)))
+
+
+@pytest.fixture
+def problem():
+    """Its parameters, and a batch."""
+    shapes = {"stem": (3, 3, 16, 4), "pixels": (1, 1, 4, 4), "layers": (2, 4, 4)}
+    keys = iter(jax.random.split(jax.random.key(0), 4))
+    params = {name: jax.random.normal(next(keys), shape) for name, shape in shapes.items()}
+    return params, jax.random.normal(next(keys), (8, 4, 4, 16))
+
+
+def calls_in(step, *args):
+    """How many kernels a program has."""
+    return str(jax.make_jaxpr(step)(*args)).count("name=weight_gradient_and_norms")
+
+
+@pytest.mark.parametrize("options", [{}, {"group_size": 2}, {"microbatch_size": 4}])
+def test_norms_of_a_network_are_those_of_the_generic_way(problem, request, options):
+    generic = clars_optax.value_and_grad_and_norms(small_network, method="generic", **options)
+    expected = jax.jit(generic)(*problem)
+    request.getfixturevalue("interpreted")
+    step = clars_optax.value_and_grad_and_norms(small_network, **options)
+    assert_same(jax.jit(step)(*problem), expected)
+    assert calls_in(step, *problem) >= 3
+
+
+def test_several_devices_take_their_own_groups(problem, request):
+    step = clars_optax.value_and_grad_and_norms(small_network)
+    expected = jax.jit(step)(*problem)
+    request.getfixturevalue("interpreted")
+    params, x = problem
+    mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,))
+    x = jax.device_put(x, NamedSharding(mesh, PartitionSpec("batch")))
+    assert_same(jax.jit(lambda *args: step(*args))(params, x), expected)
+
+
+def test_others_take_its_place_for_derivatives(problem, request):
+    def of_norms(params, x):
+        return sum(map(jnp.sum, jax.tree.leaves(step(params, x)[2])))
+
+    step = clars_optax.value_and_grad_and_norms(small_network)
+    expected = jax.jit(jax.grad(of_norms))(*problem)
+    request.getfixturevalue("interpreted")
+    assert_same(jax.jit(jax.grad(lambda *args: of_norms(*args)))(*problem), expected)
+
+
+def lowered_for_a_tpu(function, *arrays):
+    """What a TPU would get, on a machine that has none."""
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+    v5e = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=v5e)):
+        traced = jax.jit(function).trace(*shapes)
+        return traced.lower(lowering_platforms=("tpu",)).as_text()
+
+
+@pytest.mark.parametrize("name", ["same", "strided, two images", "chunks", "no positions, chunks"])
+@pytest.mark.parametrize("precision", [None, jax.lax.Precision.HIGHEST])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_compiles_to_what_a_tpu_takes(name, dtype, precision):
+    run = functools.partial(
+        _kernel_tpu.weight_gradient_and_squares,
+        GEOMETRIES[name],
+        chip_bytes=CHIP_BYTES,
+        scale=0.5,
+        precision=precision,
+        interpret=False,
+    )
+    x, g, _ = draw(GEOMETRIES[name], dtype)
+    assert lowered_for_a_tpu(run, x, g).count("tpu_custom_call") == 1
+    lead = jax.vmap(run), x[None], g[None]
+    assert lowered_for_a_tpu(*lead).count("tpu_custom_call") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype", "precision"),
+    [
+        ({"blocks": 2}, "float32", None),
+        ({"folded": True}, "float32", None),
+        ({}, "float16", None),
+        ({}, "float32", jax.lax.Precision.HIGH),
+        ({"windows": (Window(10**5, 10**5, 1),)}, "float32", None),  # not on the chip at once
+        ({"windows": (), "images": 1021 * 1031}, "float32", None),  # in no number of equal chunks
+    ],
+)
+def test_leaves_the_rest_to_others(changes, dtype, precision):
+    geometry = Geometry(8, 1, 1, (Window(4, 4, 1),), 8, 8, False)
+    x = jax.ShapeDtypeStruct((8, 4, 8), dtype)
+
+    def ways(geometry):
+        return _fused_tpu.fused_on_tpu(
+            *(geometry, x, x, 1.0, lambda total: total),
+            precision=precision,
+            device=INTERPRETED,
+            direct=lambda x, g: None,
+        )
+
+    assert not ways(dataclasses.replace(geometry, **changes))
+
+
+@pytest.fixture
+def trial(monkeypatch):
+    """Lets the trial run in the interpreter, with what is done to its results."""
+    kernel = _kernel_tpu.weight_gradient_and_squares
+
+    def run(change=lambda *found: found):
+        def interpreted(*args, **options):
+            return change(*kernel(*args, **(options | {"interpret": True})))
+
+        monkeypatch.setattr(_kernel_tpu, "weight_gradient_and_squares", interpreted)
+
+    _trial._error_of.cache_clear()
+    yield run
+    _trial._error_of.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["transposed", "pixels of a stride", "no positions"])
+def test_trial_passes_where_it_is_right(trial, name):
+    trial()
+    kind = _trial.try_on_tpu, GEOMETRIES[name], "bfloat16", None, CHIP_BYTES
+    assert _trial._error_of(*kind) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda total, squares: (total.at[0, 0, 0, 0].add(1), squares),
+        lambda total, squares: (total, squares.at[-1].mul(1.01)),
+    ],
+)
+def test_trial_finds_what_is_wrong(trial, change):
+    trial(change)
+    kind = _trial.try_on_tpu, GEOMETRIES["transposed"], "bfloat16", None, CHIP_BYTES
+    assert "in bfloat16 are wrong" in _trial._error_of(*kind)
+
+
+def test_needs_a_tpu_that_pallas_knows(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert (platform().kernels, platform().chip_bytes) == ("tpu", 0)
+    v5e = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=v5e)):
+        assert platform().chip_bytes == 2**26
+    monkeypatch.setenv("CLARS_OPTAX_KERNEL", "off")
+    assert platform().kernels == "none"
