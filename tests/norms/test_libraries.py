@@ -127,7 +127,8 @@ def linen_batch_norm():
 
             x = nn.relu(norm(nn.Conv(4, (3, 3), strides=2, use_bias=False)(x)))
             x = norm(nn.Conv(4, (3, 3), feature_group_count=4)(x)) + x
-            return norm(nn.Dense(3)(nn.tanh(x).mean((1, 2))))
+            # The squares of what is normalised have a sum that nothing before it changes.
+            return nn.tanh(norm(nn.Dense(3)(nn.tanh(x).mean((1, 2)))))
 
     variables = jax.jit(Net().init)(jax.random.key(0), IMAGES)
 
@@ -349,7 +350,7 @@ def test_unmodified_models(name):
     for (path, norm), (_, wanted), (_, grad), (_, plain_grad), (_, row) in zip(*trees, strict=True):
         # Rounding is relative to what is added up: the examples' gradients, which may cancel in
         # their mean, and cotangents, which cancel in the bias of attention's keys.
-        bound = 1e-5 * np.max(wanted) + 2e-6 * largest
+        bound = 1e-5 * np.max(wanted) + 1e-6 * largest
         name = jax.tree_util.keystr(path)
         assert np.max(np.abs(norm - wanted)) <= bound, name
         assert np.max(np.abs(grad - plain_grad)) <= bound, name
