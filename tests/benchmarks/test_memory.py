@@ -22,6 +22,12 @@ def small(monkeypatch):
     monkeypatch.setitem(MODELS, CONFIG.model, network)
 
 
+@pytest.fixture(scope="module")
+def single(compiled_fast):
+    """The parameters, and the plans where a step is one micro-batch."""
+    return memory.memory_of(CONFIG)
+
+
 @pytest.mark.usefixtures("small")
 def test_table(capsys):
     memory.main(
@@ -38,8 +44,8 @@ def test_table(capsys):
     assert float(more) <= 2
 
 
-def test_images_and_parameters_are_in_the_plan():
-    params, plans = memory.memory_of(CONFIG)
+def test_images_and_parameters_are_in_the_plan(single):
+    params, plans = single
 
     images = 16 * 8 * 8 * (1 + 4)  # bytes and, on their way into the network, floats
     assert params == 4 * 77_754  # as tests/train/test_models.py counts them
@@ -60,16 +66,16 @@ def test_batch_in_transfers_needs_one_microbatch_and_two_trees_like_the_paramete
         assert plan.total <= single["step"].total + 2 * params
 
 
-def test_loop_over_microbatches_needs_one_of_them_and_two_trees(monkeypatch):
+def test_loop_over_microbatches_needs_one_of_them_and_two_trees(single, monkeypatch):
     """On accelerators, where micro-batches are a loop; the images are arguments."""
-    params, single = memory.memory_of(CONFIG)
+    params, plans_of_single = single
     monkeypatch.setattr("jax.default_backend", lambda: "gpu")
     # It would be tried, on the CPU that this is.
     monkeypatch.setenv("CLARS_OPTAX_KERNEL", "off")
 
     _, plans = memory.memory_of(dataclasses.replace(CONFIG, batch_size=128))
 
-    assert plans["step"].temporary <= single["step"].temporary + 2 * params
+    assert plans["step"].temporary <= plans_of_single["step"].temporary + 2 * params
 
 
 @pytest.mark.tpu

@@ -9,6 +9,8 @@ from train.configs import CONFIGS
 from train.models import MODELS
 from train.models.resnet import ResNet
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
+
 ARGUMENTS = "--config digits --batch-size 8 --microbatch-size 8 --rounds 2".split()
 
 

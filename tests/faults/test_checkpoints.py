@@ -199,15 +199,15 @@ def test_flipped_bits_are_noticed(folder):
 def test_every_byte_of_the_checksums_counts(tmp_path):
     save_steps(tmp_path, 1)
     path = tmp_path / "1" / "checksums.txt"
-    whole = path.read_bytes()
+    whole, state = path.read_bytes(), new_state(0)
 
     with Checkpoints(tmp_path) as checkpoints:
         for position in range(len(whole)):
             flip(path, position)
             with pytest.raises(RunError, match="no checkpoint in"):
-                checkpoints.restore(new_state(0), pytest.fail)
+                checkpoints.restore(state, pytest.fail)
             path.write_bytes(whole)
-        assert checkpoints.restore(new_state(0), pytest.fail) is not None
+        assert checkpoints.restore(state, pytest.fail) is not None
 
 
 def test_message_names_the_file_and_its_size(folder):

@@ -1,6 +1,7 @@
 """Any options at all: either the run trains, or it is refused in one line before it writes."""
 
 import dataclasses
+import functools
 import math
 import typing
 from pathlib import Path
@@ -14,7 +15,7 @@ from train.config import Config
 from train.configs import CONFIGS
 from train.data import DATASETS, dataset_of
 from train.errors import RunError
-from train.models import MODELS
+from train.models import MODELS, resnet
 from train.optimizers import OptimizerName
 from train.schedules import ScheduleName
 from train.setup import prepare
@@ -115,13 +116,16 @@ def test_options_are_taken_or_refused_in_one_line(config):
         assert config.num_steps(NUM_TRAIN) >= 1
 
 
-# Small enough to be compiled many times.
+# Small enough to be compiled many times: one residual block.
+NETWORK = functools.partial(resnet.ResNet, stage_sizes=(1,), width=4)
 BASE = dataclasses.replace(
     CONFIGS["digits"], batch_size=48, epochs=2 * 48 / NUM_TRAIN, eval_epochs=1e6, group_size=2
 )
 
 
-def test_what_is_taken_trains(data_dir, tmp_path_factory, full):
+def test_what_is_taken_trains(data_dir, tmp_path_factory, monkeypatch, full):
+    monkeypatch.setitem(MODELS, BASE.model, NETWORK)
+
     @settings(
         suppress_health_check=list(HealthCheck), deadline=None, max_examples=60 if full else 2
     )

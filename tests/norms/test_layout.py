@@ -90,7 +90,7 @@ def test_layout_says_where_the_examples_are(case):
     layout = inferred(function, shape)
     if layout.problem is not None:
         return  # refused where a parameter meets it
-    where = np.asarray(function(jnp.asarray(indices(shape), jnp.float32)))
+    where = np.asarray(jax.jit(function)(jnp.asarray(indices(shape), jnp.float32)))
     np.testing.assert_array_equal(examples_of(layout), where)
 
 
@@ -169,18 +169,23 @@ def whole_layouts(draw):
 def test_cutting_into_groups_and_examples(case, group_size, num_groups):
     layout, num_examples = case
     where = jnp.asarray(examples_of(layout))
-    groups, rest = split_groups(where, layout, num_groups=num_groups, group_size=group_size)
+    # In one program: each operation by itself would be compiled for each shape.
+    groups, rest, single = jax.jit(
+        lambda x: (
+            *split_groups(x, layout, num_groups=num_groups, group_size=group_size),
+            split_examples(x, layout, num_examples),
+        )
+    )(where)
     assert groups.shape == (num_groups, *layout.local_shape(group_size))
-    for index, group in enumerate(groups):
+    for index, group in enumerate(np.asarray(groups)):
         members = set(range(index * group_size, (index + 1) * group_size))
-        assert set(np.asarray(group).ravel().astype(int)) == members
+        assert set(group.ravel().astype(int)) == members
     taken = num_groups * group_size
     if taken == num_examples:
         assert rest is None
     else:
         assert rest.shape == layout.local_shape(num_examples - taken)
         assert set(np.asarray(rest).ravel().astype(int)) == set(range(taken, num_examples))
-    single = split_examples(where, layout, num_examples)
-    flat = single.reshape(num_examples, -1)
+    flat = np.asarray(single).reshape(num_examples, -1)
     np.testing.assert_array_equal(flat, np.arange(num_examples)[:, None] + np.zeros_like(flat))
     assert math.prod(single.shape) == where.size
