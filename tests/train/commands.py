@@ -59,10 +59,10 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def finish(*processes):
+def finish(*processes, seconds=600):
     """Waits for runs that end well, and returns what they say."""
     try:
-        outputs = [process.communicate(timeout=600) for process in processes]
+        outputs = [process.communicate(timeout=seconds) for process in processes]
     finally:
         for process in processes:
             process.kill()
