@@ -1,9 +1,10 @@
 """What a compiled program does, read off its text: kernels, and the bytes that each moves."""
 
+import collections
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 _BITS = {"pred": 8, "token": 0, "bf16": 16}
 # These give names to what is there.
@@ -16,6 +17,7 @@ _PARTS = {"slice", "dynamic-slice", "gather"}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-~]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 _ARRAY = re.compile(r"\b(pred|token|bf16|[a-z]+\d+\w*)\[([\d,]*)\]")
+_BODY = r'"custom_call_config":\{"body":"([^"]*)"'
 _SPACE = re.compile(r"\b[su]8\[\d+\]\{0\}\)$")
 
 
@@ -85,21 +87,27 @@ def kernels_of(text: str) -> list[Kernel]:
     ]
 
 
-def cycles_of(text: str, cycles_of_kernel: Callable[[str, int], float] | None = None) -> float:
+def cycles_of(
+    text: str, cycles_of_kernel: Callable[[Sequence[str], int], float] | None = None
+) -> float:
     """Adds up the cycles of a TPU that a program's operations take, by the compiler's estimate.
 
     Transfers that go on meanwhile have none, and neither have a few operations.
 
     Args:
         text: `compiled.as_text()`, for a TPU.
-        cycles_of_kernel: finds those of a kernel, for which the compiler has no estimate, from its
-            name and the bytes that it loads and stores.
+        cycles_of_kernel: finds those of a kernel, for which the compiler has no estimate, from the
+            names that it has, there and where else it is run, and the bytes that it moves.
 
     Raises:
         ValueError: the text has no entry, a loop of unknown length, branches, or kernels that
             nothing is known of.
     """
     entry, computations = _parse(text)
+    names = collections.defaultdict(list)
+    for instructions in computations.values():
+        for instruction in instructions:
+            names[instruction.attribute(_BODY)].append(instruction.name)
     total = 0.0
     for instruction, _, times in _walk(computations, entry, 1):
         if instruction.opcode == "conditional":
@@ -108,7 +116,7 @@ def cycles_of(text: str, cycles_of_kernel: Callable[[str, int], float] | None = 
             moved = instruction.attribute(r'"bytes_accessed":"?(\d+)')
             if cycles_of_kernel is None or moved is None:
                 raise ValueError(f"What the kernel {instruction.name} takes is not known.")
-            total += times * cycles_of_kernel(instruction.name, int(moved))
+            total += times * cycles_of_kernel(names[instruction.attribute(_BODY)], int(moved))
             continue
         total += times * int(instruction.attribute(r'"estimated_cycles":"(\d+)"') or 0)
     return total

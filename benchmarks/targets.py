@@ -97,6 +97,8 @@ class Target:
         """
         # The plugins ask for a device unless JAX is told to do without.
         jax.config.update("jax_platforms", "cpu")
+        # What they compile without a device cannot be read from a cache.
+        jax.config.update("jax_enable_compilation_cache", False)
         try:
             return list(self.topology().devices)
         except (NotImplementedError, RuntimeError) as error:
@@ -177,8 +179,10 @@ def _read_tpu(bytes_per_cycle: float, compiled: Any) -> Plan:
             schedules[match[1]] = path.read_text()
         path.unlink()
 
-    def cycles_of_kernel(name: str, moved: int) -> float:
-        return max(schedule.cycles_of_kernel(schedules[name]), moved / bytes_per_cycle)
+    def cycles_of_kernel(names: Sequence[str], moved: int) -> float:
+        # It is compiled once.
+        text = next(schedules[name] for name in names if name in schedules)
+        return max(schedule.cycles_of_kernel(text), moved / bytes_per_cycle)
 
     return {
         "memory": compiled.memory_analysis().temp_size_in_bytes,

@@ -116,13 +116,16 @@ ENTRY %main (start: (s32[], f32[8])) -> f32[8] {
 WITH_KERNEL = TPU.replace(
     "  ROOT %tuple =",
     '  %ours.1 = f32[8]{0:T(256)} custom-call(%x), custom_call_target="tpu_custom_call", '
-    'backend_config={"cost_estimate":{"flops":"8","bytes_accessed":"64"}}\n  ROOT %tuple =',
+    'backend_config={"custom_call_config":{"body":"abc","cost_estimate":{"bytes_accessed":"64"}}}\n'
+    "  ROOT %tuple =",
 )
 
 
 def test_cycles():
     assert cycles_of(TPU) == 5 * 30 + 7
-    assert cycles_of(WITH_KERNEL, lambda name, moved: {"ours.1": moved / 2}[name]) == 5 * 62 + 7
+    assert (
+        cycles_of(WITH_KERNEL, lambda names, moved: {"ours.1": moved / 2}[names[0]]) == 5 * 62 + 7
+    )
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import (
-    AbstractDevice,
-    AbstractMesh,
-    AxisType,
-    NamedSharding,
-    PartitionSpec,
-)
+from jax.sharding import AbstractDevice, AbstractMesh
 
 import clars_optax
 from clars_optax.norms import _one_batch, _taps
@@ -85,8 +79,16 @@ def test_every_use_meets_its_pixel(windows, images):
     np.testing.assert_array_equal(found, pixels_met(geometry))
 
 
-@pytest.mark.parametrize("name", GEOMETRIES)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        # Words of one group, and of two.
+        ("same", "float32"),
+        ("no positions", "float32"),
+        ("no positions, chunks", "float32"),
+        *((name, "bfloat16") for name in GEOMETRIES),
+    ],
+)
 def test_finds_gradient_and_norms(name, dtype):
     geometry = GEOMETRIES[name]
     x, g, gradients = draw(geometry, dtype)
@@ -131,7 +133,7 @@ def calls_in(step, *args):
     return str(jax.make_jaxpr(step)(*args)).count("name=weight_gradient_and_norms")
 
 
-@pytest.mark.parametrize("options", [{}, {"group_size": 2}, {"microbatch_size": 4}])
+@pytest.mark.parametrize("options", [{}, {"group_size": 2}])
 def test_norms_of_a_network_are_those_of_the_generic_way(problem, request, options):
     generic = clars_optax.value_and_grad_and_norms(small_network, method="generic", **options)
     expected = jax.jit(generic)(*problem)
@@ -141,14 +143,13 @@ def test_norms_of_a_network_are_those_of_the_generic_way(problem, request, optio
     assert calls_in(step, *problem) >= 3
 
 
-def test_several_devices_take_their_own_groups(problem, request):
-    step = clars_optax.value_and_grad_and_norms(small_network)
-    expected = jax.jit(step)(*problem)
-    request.getfixturevalue("interpreted")
+def test_every_device_of_pmap_has_its_own(problem, request):
     params, x = problem
-    mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,))
-    x = jax.device_put(x, NamedSharding(mesh, PartitionSpec("batch")))
-    assert_same(jax.jit(lambda *args: step(*args))(params, x), expected)
+    step = clars_optax.value_and_grad_and_norms(small_network)
+    expected = jax.jit(jax.vmap(step, in_axes=(None, 0)))(params, x.reshape(2, 4, *x.shape[1:]))
+    request.getfixturevalue("interpreted")
+    mapped = jax.pmap(step, in_axes=(None, 0))
+    assert_same(mapped(params, x.reshape(2, 4, *x.shape[1:])), expected)
 
 
 def test_others_take_its_place_for_derivatives(problem, request):
@@ -171,8 +172,9 @@ def lowered_for_a_tpu(function, *arrays):
 
 
 @pytest.mark.parametrize("name", ["same", "strided, two images", "chunks", "no positions, chunks"])
-@pytest.mark.parametrize("precision", [None, jax.lax.Precision.HIGHEST])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [("float32", jax.lax.Precision.HIGHEST), ("bfloat16", None)]
+)
 def test_compiles_to_what_a_tpu_takes(name, dtype, precision):
     run = functools.partial(
         _kernel_tpu.weight_gradient_and_squares,
@@ -250,8 +252,14 @@ def test_trial_finds_what_is_wrong(trial, change):
     assert "in bfloat16 are wrong" in _trial._error_of(*kind)
 
 
-def test_needs_a_tpu_that_pallas_knows(monkeypatch):
+def test_needs_a_tpu_that_pallas_knows_and_a_program_for_one(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    # Eight devices, among which the compiler shares out the program.
+    assert platform().kernels == "none"
+    seen = []
+    jax.pmap(lambda x: (seen.append(platform().kernels), x)[1])(jnp.zeros(2))
+    assert set(seen) == {"tpu"}
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     assert (platform().kernels, platform().chip_bytes) == ("tpu", 0)
     v5e = AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=v5e)):

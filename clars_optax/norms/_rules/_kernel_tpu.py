@@ -65,6 +65,9 @@ def weight_gradient_and_squares(
         raise ValueError(f"No step for {geometry} fits into {chip_bytes} bytes.")
     if blocks.is_swapped:
         x, g = g, x
+    if x.dtype == jnp.bfloat16:
+        # Its products are exact, and the compiler does not take that they shall be.
+        precision = None
     images, cotangents = _operands(blocks, x.dtype)
     views = images.views(x), cotangents.views(g)
     row_parts, column_parts = blocks.rows // blocks.width, blocks.columns // blocks.height

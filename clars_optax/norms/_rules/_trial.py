@@ -26,17 +26,20 @@ _THREADS = 16
 def can_run() -> bool:
     """Whether a kernel can be run where the program that is being traced will run.
 
-    On GPUs and TPUs, but of several not inside a `jax.shard_map` that leaves some axes to the
-    compiler, nor where the compiler's partitioner is not Shardy. Where the environment variable
+    On a GPU or a TPU. Where the compiler shares out the program among several devices, on GPUs
+    only, for others cannot be told how to cut a kernel; not where that is left to it for some axes
+    of a `jax.shard_map`, nor where its partitioner is not Shardy. Where the environment variable
     CLARS_OPTAX_KERNEL is "off", none is used.
     """
-    if jax.default_backend() not in ("gpu", "tpu") or os.environ.get("CLARS_OPTAX_KERNEL") == "off":
+    backend = jax.default_backend()
+    if backend not in ("gpu", "tpu") or os.environ.get("CLARS_OPTAX_KERNEL") == "off":
         return False
     mesh = jax.sharding.get_abstract_mesh()
     if jax.device_count() == 1 or mesh.are_all_axes_manual:
         return True
     # An option that JAX has while there is another one.
-    return not mesh.manual_axes and getattr(jax.config, "jax_use_shardy_partitioner", True)
+    is_shardy = getattr(jax.config, "jax_use_shardy_partitioner", True)
+    return backend == "gpu" and not mesh.manual_axes and is_shardy
 
 
 @contextmanager
