@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
 import clars_optax
-from clars_optax.norms import _one_batch, _taps
+from clars_optax.norms import _one_batch, _taps, _trials
 from clars_optax.norms._rules import (
     Platform,
     _fused_tpu,
@@ -188,6 +188,28 @@ def test_compiles_to_what_a_tpu_takes(name, dtype, precision):
     assert lowered_for_a_tpu(run, x, g).count("tpu_custom_call") == 1
     lead = jax.vmap(run), x[None], g[None]
     assert lowered_for_a_tpu(*lead).count("tpu_custom_call") == 1
+
+
+def test_compiles_inside_of_shard_map(problem, monkeypatch):
+    for module in (_one_batch, _taps, _trials):
+        monkeypatch.setattr(
+            module, "platform", lambda: dataclasses.replace(INTERPRETED, interprets=False)
+        )
+    monkeypatch.setattr(_fused_tpu, "is_right", lambda *_: True)
+    step = clars_optax.value_and_grad_and_norms(small_network)
+
+    def on_each(params, x):
+        params = jax.lax.pcast(params, "batch", to="varying")
+        value, grads, norms = step(params, x)
+        return jax.lax.pmean((value, grads), "batch"), norms
+
+    mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,))
+    here, everywhere = PartitionSpec("batch"), PartitionSpec()
+    mapped = jax.shard_map(
+        on_each, mesh=mesh, in_specs=(everywhere, here), out_specs=(everywhere, here)
+    )
+    text = jax.jit(mapped).trace(*problem).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") == 3
 
 
 @pytest.mark.parametrize(

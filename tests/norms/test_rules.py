@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from clars_optax.norms._rules import Platform, Way, _conv, _elementwise, cheapest, find_rule
+from clars_optax.norms._rules import (
+    Platform,
+    Way,
+    _conv,
+    _elementwise,
+    _patches,
+    cheapest,
+    find_rule,
+)
+from clars_optax.norms._rules._geometry import Window
 from clars_optax.norms._rules._ways import Squares
 
 SCALE = 3.0
@@ -149,6 +158,21 @@ def test_what_no_tap_meets_stays_out():
 
     rng = np.random.default_rng(0)
     x, w = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in [(4, 2, 6), (3, 2, 1)])
+    check(operation, w, x, 1, 2, 2**20)
+
+
+@pytest.mark.parametrize("size", [(8, 6), (9, 7)])
+def test_patches_that_tile_an_image(size):
+    def operation(x, w):
+        return jax.lax.conv_general_dilated(
+            x, w, (4, 3), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"), precision="highest"
+        )
+
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in [(4, *size, 2), (4, 3, 2, 5)])
+    windows = [Window(n, 2, k, stride=k) for n, k in zip(size, (4, 3), strict=True)]
+    unfolded = jax.make_jaxpr(lambda x: _patches.unfolded(windows, x, blocks=1))(x)
+    assert "concatenate" not in str(unfolded)
     check(operation, w, x, 1, 2, 2**20)
 
 
