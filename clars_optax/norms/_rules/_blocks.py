@@ -296,11 +296,11 @@ def _chunk(geometry: Geometry, axes: Sequence[Axis]) -> int | None:
     uses = _uses(geometry, axes)
     if not axes:
         # Nothing is put behind the last one.
-        numbers = (n for n in range(1, uses + 1) if n == 1 or uses % (n * LANES) == 0)
+        numbers = (n for n in range(1, uses // LANES + 2) if n == 1 or uses % (n * LANES) == 0)
         return next((uses // n for n in numbers if uses // n <= 2 * _LARGEST_CHUNK), None)
     # A half is a number of whole registers. The unit for products takes as long for any number up
     # to 128, and a chunk more costs about as much.
-    sizes = {math.ceil(uses / n / 16) * 16 for n in range(1, uses + 1)}
+    sizes = {math.ceil(uses / n / 16) * 16 for n in range(1, uses // 16 + 2)}
     return min(
         (size for size in sizes if size <= _LARGEST_CHUNK),
         key=lambda size: (
