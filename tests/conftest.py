@@ -39,8 +39,10 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     if config.getoption("-m") in ("cuda", "tpu"):
-        # They are compiled for without being there, which fails once JAX has looked for them.
+        # They are compiled for without being there, which fails once JAX has looked for them, and
+        # where it reads what it has compiled.
         os.environ["JAX_PLATFORMS"] = "cpu"
+        os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     if config.getoption("--full"):
         settings = hypothesis.settings()
         hypothesis.settings.register_profile(
