@@ -3,7 +3,7 @@
 import re
 
 # A line: address, whether a loop begins, and instructions that start together.
-_BUNDLE = re.compile(r"\s*(?:0x)?[0-9a-f]+\s+(?:(L[HBE]|P[BF]|CT)\s*)?:\s*(>*)\s*\{")
+_BUNDLE = re.compile(r"\s*(?:0x)?[0-9a-f]+\s+(?:(L[HBE]|P[BF]|CT)\s*)?:\s*>*\s*\{")
 _EXIT_TEST = re.compile(
     r"(%p\w+) = scmp\.ge\.s32\.totalorder (?:\([^)]*\), )?%s\w+, (\d+) /\* loop exit test"
 )
@@ -27,16 +27,16 @@ def cycles_of_kernel(text: str) -> int:
     Raises:
         ValueError: the text has no bundles, or a loop of unknown length.
     """
-    bundles = [line for line in text.splitlines() if _BUNDLE.match(line)]
+    bundles = [bundle for bundle in map(_BUNDLE.match, text.splitlines()) if bundle]
     if not bundles:
         raise ValueError(f"text must be that of a kernel's final bundles, got {text[:60]!r}...")
-    rounds = {name: int(number) for line in bundles for name, number in _EXIT_TEST.findall(line)}
+    rounds = {name: int(number) for name, number in _EXIT_TEST.findall(text)}
     times = [1] * len(bundles)
     begun: list[int] = []
-    for index, line in enumerate(bundles):
-        if _begins_loop(line):
+    for index, bundle in enumerate(bundles):
+        if bundle[1] == "LB":
             begun.append(index)
-        jump = _JUMP_BACK.search(line)
+        jump = _JUMP_BACK.search(bundle.string)
         if jump and jump[1] in rounds:
             first, number = begun.pop(), rounds[jump[1]]
             if not begun:
@@ -46,8 +46,3 @@ def cycles_of_kernel(text: str) -> int:
     if begun:
         raise ValueError(f"How often {len(begun)} of the kernel's loops go round is not known.")
     return sum(times)
-
-
-def _begins_loop(line: str) -> bool:
-    match = _BUNDLE.match(line)
-    return match is not None and match[1] == "LB"

@@ -5,6 +5,7 @@ every tap the pixels that they meet have numbers that are as much larger: the ta
 pixels in a stride, each is in an image of its own.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -53,16 +54,13 @@ class Axis:
     @classmethod
     def of(cls, window: Window) -> "Axis":
         """That of a window."""
-        steps = [divmod(tap * window.dilation, window.stride) for tap in range(window.taps)]
-        length = window.positions + max(shift for shift, _ in steps)
-        return cls(window, length, tuple(sorted({phase for _, phase in steps})))
+        shifts, phases = zip(*_steps(window), strict=True)
+        return cls(window, window.positions + max(shifts), tuple(sorted(set(phases))))
 
     @property
     def taps(self) -> list[tuple[int, int]]:
         """For each tap, the number of its image, and its shift there."""
-        window = self.window
-        steps = [divmod(tap * window.dilation, window.stride) for tap in range(window.taps)]
-        return [(self.phases.index(phase), shift) for shift, phase in steps]
+        return [(self.phases.index(phase), shift) for shift, phase in _steps(self.window)]
 
     def pixels(self, phase: int) -> Run:
         """Those of an image, and their positions in it."""
@@ -106,7 +104,9 @@ class Blocks:
     rows: int
     columns: int
 
+    # A network has the same convolution many times, and each time asks more than once.
     @classmethod
+    @functools.cache
     def of(cls, geometry: Geometry, itemsize: int, chip_bytes: int) -> "Blocks | None":
         """Cuts it so that a step fits into so many bytes on the chip; None if none does."""
         if geometry.blocks > 1 or geometry.folded:
@@ -167,6 +167,21 @@ class Blocks:
     def column_tiles(self) -> int:
         """Tiles of output channels."""
         return math.ceil(self.geometry.outer / self.columns)
+
+    @property
+    def inner(self) -> int:
+        """Input channels of all tiles."""
+        return self.row_tiles * self.rows
+
+    @property
+    def outer(self) -> int:
+        """Output channels of all tiles."""
+        return self.column_tiles * self.columns
+
+    @property
+    def groups(self) -> int:
+        """Groups of all steps."""
+        return math.ceil(self.geometry.groups / SIDE) * SIDE
 
     @property
     def chunks(self) -> int:
@@ -276,6 +291,11 @@ class Blocks:
         side = max(self.width, self.height)
         needed += 12 * self.groups_of_word * side * max(side, self.chunk)
         return needed + 8 * self.geometry.taps * self.rows * self.columns
+
+
+def _steps(window: Window) -> list[tuple[int, int]]:
+    """For each tap, how many strides it is from the first one, and the pixels that are left."""
+    return [divmod(tap * window.dilation, window.stride) for tap in range(window.taps)]
 
 
 def _rows_of_image(geometry: Geometry, axes: Sequence[Axis]) -> int:

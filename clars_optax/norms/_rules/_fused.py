@@ -49,7 +49,7 @@ def fused(
     precision = _one(precision)
     if device.kernels == "tpu":
         options = {"precision": precision, "device": device, "direct": direct}
-        return fused_on_tpu(geometry, x, g, scale, place, **options) if x.dtype == g.dtype else []
+        return fused_on_tpu(geometry, x, g, scale, place, **options)
     sides = Sides.of(geometry, x.dtype.itemsize)
     interpret = device.interprets
 

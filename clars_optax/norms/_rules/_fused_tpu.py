@@ -33,7 +33,9 @@ def fused_on_tpu(
     direct: Direct,
 ) -> list[Way]:
     """The way through a TPU's kernel, where there is one; arguments as those of `fused`."""
-    if x.dtype not in (jnp.float32, jnp.bfloat16) or precision not in _PRECISIONS:
+    if x.dtype not in (jnp.float32, jnp.bfloat16) or x.dtype != g.dtype:
+        return []
+    if precision not in _PRECISIONS:
         return []
     blocks = Blocks.of(geometry, x.dtype.itemsize, device.chip_bytes)
     if blocks is None:
@@ -55,21 +57,19 @@ def fused_on_tpu(
         return Squares(squares, place(total))
 
     way = guarded(Kernel(run, ("btdp", "n"), lambda _: 0), placed, geometry, direct, device)
-    groups = math.ceil(geometry.groups / SIDE) * SIDE
-    inner, outer = blocks.row_tiles * blocks.rows, blocks.column_tiles * blocks.columns
-    entries = geometry.taps * inner * outer
+    entries = geometry.taps * blocks.inner * blocks.outer
     # The unit for products takes as long for fewer.
     uses = blocks.chunks * math.ceil(blocks.chunk / LANES) * LANES
 
     def read(entries: int) -> float:
-        return device.flops_per_byte * x.dtype.itemsize * groups * entries
+        return device.flops_per_byte * x.dtype.itemsize * blocks.groups * entries
 
     # Products go on while operands are loaded. The ordinary weight gradient waits for them as well.
-    flops = max(device.kernel_factor * 2.0 * groups * uses * entries, read(blocks.loaded))
-    written = 4.0 * (entries + 8 * LANES * groups * blocks.row_tiles * blocks.column_tiles)
+    flops = max(device.kernel_factor * 2.0 * blocks.groups * uses * entries, read(blocks.loaded))
+    written = 4.0 * (entries + 8 * LANES * blocks.groups * blocks.row_tiles * blocks.column_tiles)
     saved = max(
         2.0 * geometry.groups * geometry.uses * geometry.entries,
-        read(blocks.pixels * inner + blocks.uses * outer),
+        read(blocks.pixels * blocks.inner + blocks.uses * blocks.outer),
     )
     return [Way("Fused", flops, 0.0, 2 * written, lambda: way(x, g), saved=saved)]
 

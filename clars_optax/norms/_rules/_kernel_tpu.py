@@ -72,7 +72,6 @@ def weight_gradient_and_squares(
     views = images.views(x), cotangents.views(g)
     row_parts, column_parts = blocks.rows // blocks.width, blocks.columns // blocks.height
     groups_of_word, num_taps = blocks.groups_of_word, geometry.taps
-    num_groups = SIDE * -(-geometry.groups // SIDE)
 
     def kernel(
         offsets: Any, x_views: Any, g_views: Any, total: Any, squares: Any, scratch: Any
@@ -147,10 +146,10 @@ def weight_gradient_and_squares(
 
         loop(blocks.words, of_word, None)
 
-    grid = blocks.column_tiles, blocks.row_tiles, num_groups // SIDE
+    grid = blocks.column_tiles, blocks.row_tiles, blocks.groups // SIDE
     tile = row_parts, column_parts, blocks.height, blocks.width
     total_shape = num_taps, grid[1] * row_parts, grid[0] * column_parts, *tile[2:]
-    squares_shape = *grid[:2], num_groups, _ROWS, LANES
+    squares_shape = *grid[:2], blocks.groups, _ROWS, LANES
     call = pl.pallas_call(
         kernel,
         grid_spec=tpu.PrefetchScalarGridSpec(
@@ -182,8 +181,8 @@ def weight_gradient_and_squares(
         out_shape=like(x, [total_shape, squares_shape]),
         interpret=interpret,
         cost_estimate=pl.CostEstimate(
-            flops=2 * num_groups * geometry.uses * geometry.entries,
-            bytes_accessed=num_groups * blocks.loaded * x.dtype.itemsize
+            flops=2 * blocks.groups * geometry.uses * geometry.entries,
+            bytes_accessed=blocks.groups * blocks.loaded * x.dtype.itemsize
             + 4 * (math.prod(total_shape) + math.prod(squares_shape)),
             transcendentals=0,
         ),
@@ -194,8 +193,7 @@ def weight_gradient_and_squares(
         name="weight_gradient_and_norms",
     )
     total, squares = call(jnp.asarray(blocks.offsets, jnp.int32), *views)
-    inner, outer = blocks.row_tiles * blocks.rows, blocks.column_tiles * blocks.columns
-    total = total.transpose(0, 1, 4, 2, 3).reshape(1, num_taps, inner, outer)
+    total = total.transpose(0, 1, 4, 2, 3).reshape(1, num_taps, blocks.inner, blocks.outer)
     total = total[:, :, : blocks.geometry.inner, : blocks.geometry.outer]
     if blocks.is_swapped:
         total = total.swapaxes(2, 3)

@@ -150,11 +150,7 @@ def try_products(
         precision=precision,
         interpret=False,
     )
-    total, squares = _run(run, dtype, x, g)
-    if not (
-        np.array_equal(total, gradients.sum(0))
-        and np.allclose(squares, np.sum(gradients**2, axis=(1, 2, 3, 4)))
-    ):
+    if not _finds(gradients, *_run(run, dtype, x, g)):
         raise RuntimeError(f"Its results in {dtype} are wrong.")
 
 
@@ -223,12 +219,14 @@ def try_on_tpu(geometry: Geometry, dtype: str, precision: Any, chip_bytes: int) 
         precision=precision,
         interpret=False,
     )
-    total, squares = _run(run, dtype, x, g)
-    if not (
-        np.array_equal(total[0], gradients.sum(0))
-        and np.allclose(squares, np.sum(gradients**2, axis=(1, 2, 3)))
-    ):
+    if not _finds(gradients[:, None], *_run(run, dtype, x, g)):
         raise RuntimeError(f"Its results for {geometry} in {dtype} are wrong.")
+
+
+def _finds(gradients: np.ndarray, total: np.ndarray, squares: np.ndarray) -> bool:
+    """Whether these are the sum of the gradients `[G, B, taps, D, P]`, and their squared norms."""
+    norms = np.sum(gradients**2, axis=(1, 2, 3, 4))
+    return np.array_equal(total, gradients.sum(0)) and np.allclose(squares, norms)
 
 
 def _draw(number: int, *shapes: tuple[int, ...]) -> list[np.ndarray]:
