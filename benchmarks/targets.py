@@ -127,6 +127,13 @@ class Target:
 
 
 def plan_of(
+    function: Callable[..., Any], args: Sequence[Any], target: Target, **options: Any
+) -> Plan:
+    """Compiles a function, and says what it would do; arguments as those of `compiled_for`."""
+    return target.read(compiled_for(function, args, target, **options))
+
+
+def compiled_for(
     function: Callable[..., Any],
     args: Sequence[Any],
     target: Target,
@@ -134,7 +141,7 @@ def plan_of(
     batch_argnums: Sequence[int] = (),
     num_devices: int = 1,
     is_image: bool = False,
-) -> Plan:
+) -> Any:
     """Compiles a function.
 
     Args:
@@ -159,8 +166,7 @@ def plan_of(
         jax.tree.map(functools.partial(placed, position), arg) for position, arg in enumerate(args)
     ]
     with target.pretended(num_devices), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        compiled = jax.jit(function).lower(*types).compile(compiler_options=target.options)
-    return target.read(compiled)
+        return jax.jit(function).lower(*types).compile(compiler_options=target.options)
 
 
 def _read_gpu(compiled: Any) -> Plan:
@@ -181,7 +187,12 @@ def _read_tpu(bytes_per_cycle: float, compiled: Any) -> Plan:
 
     def cycles_of_kernel(names: Sequence[str], moved: int) -> float:
         # It is compiled once.
-        text = next(schedules[name] for name in names if name in schedules)
+        text = next((schedules[name] for name in names if name in schedules), None)
+        if text is None:
+            raise RuntimeError(
+                f"The compiler wrote no schedule of the kernel {names[0]}: it was loaded before it "
+                "was told to. Start this as a program of its own."
+            )
         return max(schedule.cycles_of_kernel(text), moved / bytes_per_cycle)
 
     return {

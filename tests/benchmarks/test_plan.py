@@ -7,10 +7,11 @@ from jax.experimental import topologies
 
 import clars_optax
 from benchmarks import plan
-from benchmarks.targets import TARGETS, Target, plan_of
-from clars_optax.norms._rules import _depthwise, _kernel, _kernel_tpu
+from benchmarks.targets import TARGETS, Target, compiled_for, plan_of
+from clars_optax.norms._rules import _depthwise, _depthwise_tpu, _kernel, _kernel_tpu
 from clars_optax.norms._rules._geometry import Geometry, Window
 from tests.norms.geometries import CHIP_BYTES, GEOMETRIES, draw
+from tests.norms.geometries import DEPTHWISE as DEPTHWISE_GEOMETRIES
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
@@ -93,6 +94,21 @@ def test_kernels_for_a_tpu_become_machine_code(name, dtype, device):
     once, exact = cycles(), cycles(jax.lax.Precision.HIGHEST)
     # In float32, exact products are several for one, unless they wait for memory.
     assert 0 < once <= exact if dtype == "float32" else 0 < once == exact
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize(("device", "dtype"), [("v5e", "float32"), ("v6e", "bfloat16")])
+@pytest.mark.parametrize("name", DEPTHWISE_GEOMETRIES)
+def test_depthwise_kernels_for_a_tpu_become_machine_code(name, dtype, device):
+    geometry = DEPTHWISE_GEOMETRIES[name]
+    run = functools.partial(
+        *(_depthwise_tpu.gradients_of_groups, geometry),
+        bands=_depthwise_tpu.Bands.of(geometry, jnp.dtype(dtype).itemsize, CHIP_BYTES),
+        interpret=False,
+    )
+    x, g, _ = draw(geometry, dtype)
+    compiled = compiled_for(run, (x, g), TARGETS[device])
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 1
 
 
 @pytest.mark.cuda

@@ -1,4 +1,4 @@
-"""Products and convolutions for the kernel for TPUs, and their gradients by definition."""
+"""Products and convolutions for the kernels for TPUs, and their gradients by definition."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -32,12 +32,17 @@ def draw(geometry, dtype):
     pixels, positions = (
         [getattr(w, name) for w in geometry.windows] for name in ("pixels", "positions")
     )
-    x = rng.integers(-3, 4, (geometry.groups, *images, *pixels, geometry.inner))
-    g = rng.integers(-3, 4, (geometry.groups, *images, *positions, geometry.outer))
-    rows = np.pad(x.reshape(geometry.groups, -1, geometry.inner), ((0, 0), (0, 1), (0, 0)))
-    patches = rows[:, pixels_met(geometry)]
-    gradients = patches.swapaxes(2, 3) @ g.reshape(geometry.groups, 1, -1, geometry.outer)
-    return jnp.asarray(x, dtype), jnp.asarray(g, dtype), gradients
+    x = rng.integers(-3, 4, (geometry.groups, *images, *pixels, geometry.blocks * geometry.inner))
+    g = rng.integers(
+        -3, 4, (geometry.groups, *images, *positions, geometry.blocks * geometry.outer)
+    )
+    rows = np.pad(x.reshape(geometry.groups, -1, x.shape[-1]), ((0, 0), (0, 1), (0, 0)))
+    cotangents = g.reshape(geometry.groups, -1, g.shape[-1])
+    if geometry.blocks == 1:
+        gradients = [rows[:, met].swapaxes(1, 2) @ cotangents for met in pixels_met(geometry)]
+    else:
+        gradients = [np.sum(rows[:, met] * cotangents, axis=1) for met in pixels_met(geometry)]
+    return jnp.asarray(x, dtype), jnp.asarray(g, dtype), np.stack(gradients, axis=1)
 
 
 GEOMETRIES = {
@@ -53,4 +58,22 @@ GEOMETRIES = {
     "chunks": Geometry(8, 1, 1, (Window(600, 600, 3, padding=1),), 20, 8, False),
     "no positions": Geometry(9, 1, 37, (), 700, 300, True),
     "no positions, chunks": Geometry(8, 1, 1280, (), 20, 8, True),
+}
+
+DEPTHWISE = {
+    # Examples inside, and channels that fill no register; margins on both sides; several parts.
+    "examples inside": Geometry(128, 20, 1, (Window(7, 7, 3, padding=1),) * 2, 1, 1, False),
+    # Neither fills one; the last row of an image is met by nothing.
+    "channels inside": Geometry(
+        9, 130, 1, (Window(12, 6, 3, 2), Window(30, 15, 3, 2, 1, 1)), 1, 1, False
+    ),
+    "dilated, two images": Geometry(
+        8, 16, 2, (Window(9, 5, 3, 1, 2), Window(40, 44, 5, 1, 2, 6)), 1, 1, False
+    ),
+    # More taps than there are sums at a time, and more columns than taps at both ends.
+    "one dimension": Geometry(8, 128, 1, (Window(30, 30, 11, padding=5),), 1, 1, False),
+    "causal": Geometry(8, 16, 1, (Window(5, 5, 11, padding=10),), 1, 1, False),
+    "outside": Geometry(
+        8, 16, 1, (Window(3, 9, 2, padding=4), Window(2, 8, 2, padding=4)), 1, 1, False
+    ),
 }

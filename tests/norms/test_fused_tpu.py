@@ -1,4 +1,4 @@
-"""The kernel for TPUs: in Pallas's interpreter, and as TPUs would get it."""
+"""The kernels for TPUs: in Pallas's interpreter, and as TPUs would get them."""
 
 import dataclasses
 import functools
@@ -15,14 +15,16 @@ import clars_optax
 from clars_optax.norms import _one_batch, _taps, _trials
 from clars_optax.norms._rules import (
     Platform,
+    _depthwise_tpu,
     _fused_tpu,
     _kernel_tpu,
     _trial,
     platform,
 )
 from clars_optax.norms._rules._blocks import SIDE, Blocks
+from clars_optax.norms._rules._depthwise_tpu import Bands
 from clars_optax.norms._rules._geometry import Geometry, Window
-from tests.norms.geometries import CHIP_BYTES, GEOMETRIES, draw, pixels_met
+from tests.norms.geometries import CHIP_BYTES, DEPTHWISE, GEOMETRIES, draw, pixels_met
 from tests.norms.interpreted import assert_same, conv
 
 INTERPRETED = Platform(
@@ -103,9 +105,46 @@ def test_finds_gradient_and_norms(name, dtype):
     np.testing.assert_allclose(squares, np.sum((0.5 * gradients) ** 2, axis=(1, 2, 3)), rtol=1e-6)
 
 
+@pytest.mark.parametrize("chip_bytes", [CHIP_BYTES, None])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", DEPTHWISE)
+def test_finds_gradients_of_depthwise_kernels(name, dtype, chip_bytes):
+    geometry = DEPTHWISE[name]
+    itemsize = jnp.dtype(dtype).itemsize
+    bands = Bands.of(geometry, itemsize, CHIP_BYTES)
+    assert bands.number == 1
+    if chip_bytes is None:
+        # Less than that, by a byte.
+        bands = Bands.of(geometry, itemsize, bands.bytes - 1)
+        if len(geometry.windows) == 1:
+            assert bands is None
+            return
+        assert bands.number > 1
+    x, g, gradients = draw(geometry, dtype)
+    (found,) = _depthwise_tpu.gradients_of_groups(geometry, x, g, bands=bands, interpret=True)
+    np.testing.assert_array_equal(found, gradients)
+
+
+@hypothesis.given(
+    st.lists(window.filter(lambda one: one.spread == 1), min_size=2, max_size=2),
+    st.integers(1, 9),
+)
+def test_every_band_has_the_pixels_that_it_meets(windows, number):
+    row = windows[0]
+    bands = Bands(*windows, 4, False, min(number, row.positions))
+    for step in range(bands.number):
+        first = int(bands.first_pixel(step))
+        assert 0 <= first <= row.pixels - bands.pixels
+        for position in range(step * bands.positions, (step + 1) * bands.positions):
+            for tap in range(row.taps):
+                pixel = row.pixel(position, tap)
+                is_met = position < row.positions and 0 <= pixel < row.pixels
+                assert not is_met or first <= pixel < first + bands.pixels
+
+
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Lets the kernel run in the interpreter, wherever it can."""
+    """Lets the kernels run in the interpreter, wherever they can."""
     for module in (_one_batch, _taps):
         monkeypatch.setattr(module, "platform", lambda: INTERPRETED)
 
@@ -114,6 +153,7 @@ def small_network(params, x):
     """Convolutions with normalisation between them, and a loop of layers."""
     h = conv(x, params["stem"], window_strides=(2, 2))
     h = jnp.tanh((h - h.mean((0, 1, 2))) / (h.std((0, 1, 2)) + 0.1))
+    h = jnp.tanh(conv(h, params["depthwise"], feature_group_count=4))
     h = conv(h, params["pixels"]).mean((1, 2))[:, None] * h.reshape(len(h), -1, 4)
     h, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, params["layers"])
     return jnp.mean(jnp.sum(jnp.square(h), axis=(1, 2)))
@@ -122,15 +162,21 @@ def small_network(params, x):
 @pytest.fixture
 def problem():
     """Its parameters, and a batch."""
-    shapes = {"stem": (3, 3, 16, 4), "pixels": (1, 1, 4, 4), "layers": (2, 4, 4)}
-    keys = iter(jax.random.split(jax.random.key(0), 4))
+    shapes = {
+        "stem": (3, 3, 16, 4),
+        "depthwise": (3, 3, 1, 4),
+        "pixels": (1, 1, 4, 4),
+        "layers": (2, 4, 4),
+    }
+    keys = iter(jax.random.split(jax.random.key(0), 5))
     params = {name: jax.random.normal(next(keys), shape) for name, shape in shapes.items()}
     return params, jax.random.normal(next(keys), (8, 4, 4, 16))
 
 
 def calls_in(step, *args):
-    """How many kernels a program has."""
-    return str(jax.make_jaxpr(step)(*args)).count("name=weight_gradient_and_norms")
+    """How many kernels for products a program has, and how many depthwise ones."""
+    text = str(jax.make_jaxpr(step)(*args))
+    return text.count("name=weight_gradient_and_norms"), text.count("name=depthwise_gradients")
 
 
 @pytest.mark.parametrize("options", [{}, {"group_size": 2}])
@@ -140,7 +186,9 @@ def test_norms_of_a_network_are_those_of_the_generic_way(problem, request, optio
     request.getfixturevalue("interpreted")
     step = clars_optax.value_and_grad_and_norms(small_network, **options)
     assert_same(jax.jit(step)(*problem), expected)
-    assert calls_in(step, *problem) >= 3
+    products, depthwise = calls_in(step, *problem)
+    assert products >= 3
+    assert depthwise >= 1
 
 
 def test_every_device_of_pmap_has_its_own(problem, request):
@@ -190,6 +238,21 @@ def test_compiles_to_what_a_tpu_takes(name, dtype, precision):
     assert lowered_for_a_tpu(*lead).count("tpu_custom_call") == 1
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", DEPTHWISE)
+def test_depthwise_kernels_compile_to_what_a_tpu_takes(name, dtype):
+    geometry = DEPTHWISE[name]
+    run = functools.partial(
+        *(_depthwise_tpu.gradients_of_groups, geometry),
+        bands=Bands.of(geometry, jnp.dtype(dtype).itemsize, CHIP_BYTES),
+        interpret=False,
+    )
+    x, g, _ = draw(geometry, dtype)
+    assert lowered_for_a_tpu(run, x, g).count("tpu_custom_call") == 1
+    lead = jax.vmap(run), x[None], g[None]
+    assert lowered_for_a_tpu(*lead).count("tpu_custom_call") == 1
+
+
 def test_compiles_inside_of_shard_map(problem, monkeypatch):
     for module in (_one_batch, _taps, _trials):
         monkeypatch.setattr(
@@ -209,7 +272,7 @@ def test_compiles_inside_of_shard_map(problem, monkeypatch):
         on_each, mesh=mesh, in_specs=(everywhere, here), out_specs=(everywhere, here)
     )
     text = jax.jit(mapped).trace(*problem).lower(lowering_platforms=("tpu",)).as_text()
-    assert text.count("tpu_custom_call") == 3
+    assert text.count("tpu_custom_call") == 4
 
 
 @pytest.mark.parametrize(
@@ -238,16 +301,47 @@ def test_leaves_the_rest_to_others(changes, dtype, precision):
     assert not ways(dataclasses.replace(geometry, **changes))
 
 
+@pytest.mark.parametrize(
+    ("changes", "dtype"),
+    [
+        ({"outer": 2}, "float32"),
+        ({}, "float16"),
+        ({"windows": (Window(2, 3, 1, spread=2),)}, "float32"),
+        ({"windows": (Window(4, 4, 1),) * 3}, "float32"),
+        ({"windows": (Window(10**5, 10**5, 1),)}, "float32"),  # not on the chip at once
+    ],
+)
+def test_leaves_other_depthwise_kernels_to_others(changes, dtype):
+    geometry = Geometry(8, 8, 1, (Window(4, 4, 1),), 1, 1, False)
+    x = jnp.zeros((8, 4, 8), dtype)
+
+    def ways(geometry):
+        return _fused_tpu.fused_depthwise_on_tpu(
+            *(geometry, x, x, 1.0, lambda total: total),
+            device=INTERPRETED,
+            direct=lambda x, g: None,
+        )
+
+    assert len(ways(geometry)) == (dtype == "float32")
+    assert not ways(dataclasses.replace(geometry, **changes))
+
+
 @pytest.fixture
 def trial(monkeypatch):
-    """Lets the trial run in the interpreter, with what is done to its results."""
-    kernel = _kernel_tpu.weight_gradient_and_squares
+    """Lets the trials run in the interpreter, with what is done to their results."""
 
     def run(change=lambda *found: found):
-        def interpreted(*args, **options):
-            return change(*kernel(*args, **(options | {"interpret": True})))
-
-        monkeypatch.setattr(_kernel_tpu, "weight_gradient_and_squares", interpreted)
+        for module, name in (
+            (_kernel_tpu, "weight_gradient_and_squares"),
+            (_depthwise_tpu, "gradients_of_groups"),
+        ):
+            kernel = getattr(module, name)
+            monkeypatch.setattr(
+                *(module, name),
+                lambda *args, kernel=kernel, **options: change(
+                    *kernel(*args, **(options | {"interpret": True}))
+                ),
+            )
 
     _trial._error_of.cache_clear()
     yield run
@@ -272,6 +366,25 @@ def test_trial_finds_what_is_wrong(trial, change):
     trial(change)
     kind = _trial.try_on_tpu, GEOMETRIES["transposed"], "bfloat16", None, CHIP_BYTES
     assert "in bfloat16 are wrong" in _trial._error_of(*kind)
+
+
+def depthwise_kind(name):
+    """What a trial is asked for."""
+    geometry = DEPTHWISE[name]
+    bands = Bands.of(geometry, 2, CHIP_BYTES)
+    few = _fused_tpu._few_registers(geometry, bands)
+    return _trial.try_depthwise_on_tpu, few, "bfloat16", bands
+
+
+@pytest.mark.parametrize("name", ["examples inside", "dilated, two images"])
+def test_trial_of_depthwise_kernels_passes_where_they_are_right(trial, name):
+    trial()
+    assert _trial._error_of(*depthwise_kind(name)) is None
+
+
+def test_trial_of_depthwise_kernels_finds_what_is_wrong(trial):
+    trial(lambda gradients: (gradients.at[-1, -1, -1].add(1),))
+    assert "in bfloat16 are wrong" in _trial._error_of(*depthwise_kind("one dimension"))
 
 
 def test_needs_a_tpu_that_pallas_knows_and_a_program_for_one(monkeypatch):

@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from clars_optax.norms._rules._depthwise import Cuts, gradients_of_groups
-from clars_optax.norms._rules._fused_tpu import fused_on_tpu
+from clars_optax.norms._rules._fused_tpu import fused_depthwise_on_tpu, fused_on_tpu
 from clars_optax.norms._rules._geometry import Geometry
-from clars_optax.norms._rules._guarded import Direct, guarded
+from clars_optax.norms._rules._guarded import Direct, guarded, guarded_rows
 from clars_optax.norms._rules._kernel import Sides, Tiles, weight_gradient_and_squares
-from clars_optax.norms._rules._products import squared, sum_of_rows
 from clars_optax.norms._rules._shares import Kernel
 from clars_optax.norms._rules._trial import is_right, try_depthwise, try_products
 from clars_optax.norms._rules._ways import Platform, Squares, Way
@@ -125,8 +124,10 @@ def fused_depthwise(
       device: what the program will run on.
       direct: as for `fused`.
     """
-    if device.kernels != "gpu":
+    if device.kernels == "none":
         return []
+    if device.kernels == "tpu":
+        return fused_depthwise_on_tpu(geometry, x, g, scale, place, device=device, direct=direct)
     interpret = device.interprets
 
     run = functools.partial(gradients_of_groups, interpret=interpret)
@@ -142,10 +143,7 @@ def fused_depthwise(
     if not (interpret or is_right(try_depthwise, cuts.channels, cuts.taps, x.dtype.name)):
         return []
 
-    def summed(rows: jax.Array) -> Squares:
-        return Squares(squared(rows * scale), place(sum_of_rows(rows)))
-
-    way = guarded(kernel, summed, geometry, direct, device)
+    way = guarded_rows(kernel, scale, place, geometry, direct, device)
     rows_bytes = 4.0 * geometry.groups * geometry.entries
     flops = 2.0 * geometry.groups * geometry.uses * geometry.entries
     return [

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,10 @@ class Window:
     def span(self) -> int:
         """Pixels from the first that some tap meets to the last one, in an image padded for it."""
         return (self.positions - 1) * self.stride + (self.taps - 1) * self.dilation + 1
+
+    def pixel(self, position: Any, tap: Any) -> Any:
+        """What a tap meets at a position, holes counted; it may lie outside of the image."""
+        return position * self.stride + tap * self.dilation - self.padding
 
     @property
     def margins(self) -> tuple[int, int, int]:
@@ -168,7 +173,7 @@ def starts(
     for window, (position, of_tap) in zip(windows, reversed(indices), strict=True):
         pixel = position
         if not window.is_plain:
-            pixel = position * window.stride + of_tap * window.dilation - window.padding
+            pixel = window.pixel(position, of_tap)
             is_inside &= (pixel >= 0) & (pixel < window.pixels * window.spread)
             if window.spread > 1:
                 pixel, hole = jnp.divmod(pixel, window.spread)

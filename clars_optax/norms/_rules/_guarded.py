@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from clars_optax.norms._rules._geometry import Geometry
+from clars_optax.norms._rules._products import squared, sum_of_rows
 from clars_optax.norms._rules._shares import Kernel, is_shared_out, shared_out
 from clars_optax.norms._rules._ways import Platform, Squares
 
@@ -44,6 +45,31 @@ def guarded(
 
     run.defjvp(lambda primals, tangents: jax.jvp(direct, primals, tangents))
     return run
+
+
+def guarded_rows(
+    kernel: Kernel,
+    scale: float,
+    place: Callable[[jax.Array], jax.Array],
+    geometry: Geometry,
+    direct: Direct,
+    device: Platform,
+) -> Direct:
+    """Likewise, for a kernel that makes the gradients of all groups.
+
+    Args:
+      kernel: its only result are the gradients, groups first.
+      scale: a factor for the gradients of which the norms are wanted.
+      place: brings their sum into the parameter's shape.
+      geometry: where things are.
+      direct: as for `guarded`.
+      device: what the program will run on.
+    """
+
+    def finish(rows: jax.Array) -> Squares:
+        return Squares(squared(rows * scale), place(sum_of_rows(rows)))
+
+    return guarded(kernel, finish, geometry, direct, device)
 
 
 def _unless_mapped(kernel: Direct, direct: Direct) -> Direct:

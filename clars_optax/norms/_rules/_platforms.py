@@ -17,7 +17,13 @@ _PLATFORMS = {
     ),
     # Fits what XLA's compiler says of a v5e, bfloat16; not measured. Single gradients stay on the
     # chip, mostly; what is put together from shifted copies goes through its memory many times.
-    "tpu": Platform(230.0, 2.0, 2**30, reread_factor=3.5, unfold_factor=8.0, makes_all=True),
+    "tpu": Platform(
+        *(230.0, 2.0, 2**30),
+        reread_factor=3.5,
+        unfold_factor=8.0,
+        vector_factor=57.0,
+        makes_all=True,
+    ),
 }
 
 

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clars_optax.norms._rules import _depthwise, _kernel, _kernel_tpu
+from clars_optax.norms._rules import _depthwise, _depthwise_tpu, _kernel, _kernel_tpu
+from clars_optax.norms._rules._depthwise_tpu import Bands
 from clars_optax.norms._rules._geometry import Geometry, Window
 
 # More than a kernel for products has parts here, so that its programs have several groups.
@@ -68,7 +69,7 @@ def is_right(trial: Callable[..., None], *kind: Any) -> bool:
     Inside of `all_at_once` it is not known yet.
 
     Args:
-      trial: `try_products`, `try_depthwise` or `try_on_tpu`.
+      trial: one of those below.
       *kind: its arguments.
     """
     asked = _asked.get()
@@ -221,6 +222,42 @@ def try_on_tpu(geometry: Geometry, dtype: str, precision: Any, chip_bytes: int) 
     )
     if not _finds(gradients[:, None], *_run(run, dtype, x, g)):
         raise RuntimeError(f"Its results for {geometry} in {dtype} are wrong.")
+
+
+def try_depthwise_on_tpu(geometry: Geometry, dtype: str, bands: Bands) -> None:
+    """Tries `_depthwise_tpu.gradients_of_groups`.
+
+    Args:
+      geometry: where things are.
+      dtype: that of the arrays.
+      bands: how the work is cut.
+
+    Raises:
+      RuntimeError: NumPy finds something else.
+    """
+    windows, groups, channels = geometry.windows, geometry.groups, geometry.blocks
+    x, g = _draw(
+        groups,
+        (*(window.pixels for window in windows), channels),
+        (*(window.positions for window in windows), channels),
+    )
+    patches: Iterator[np.ndarray] = iter([x])
+    for axis, window in enumerate(windows, 1):
+        patches = _met_by_each(patches, window, axis)
+    axes = tuple(range(1, g.ndim - 1))
+    gradients = np.stack([np.sum(some * g, axis=axes) for some in patches], axis=1)
+    run = functools.partial(
+        _depthwise_tpu.gradients_of_groups, geometry, bands=bands, interpret=False
+    )
+    (found,) = _run(run, dtype, x, g)
+    if not np.array_equal(found, gradients):
+        raise RuntimeError(f"Its results for the depthwise {geometry} in {dtype} are wrong.")
+
+
+def _met_by_each(patches: Iterator[np.ndarray], window: Window, axis: int) -> Iterator[np.ndarray]:
+    """What taps along an axis meet; one after the other, for all of them need much memory."""
+    for some in patches:
+        yield from _met(some, window, axis)
 
 
 def _finds(gradients: np.ndarray, total: np.ndarray, squares: np.ndarray) -> bool:

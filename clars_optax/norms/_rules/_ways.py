@@ -58,6 +58,7 @@ class Platform:
       reread_factor: how much of another byte moved one counts that was just read or written.
       unfold_factor: how much such a byte of patches counts.
       kernel_factor: how many times longer an operation takes in the kernels.
+      vector_factor: likewise in a TPU's kernel without products.
       cache_factor: how many bytes a cache moves while memory moves one.
       splits_sums: whether XLA cuts long sums in parts.
       makes_all: whether the norms of all examples cost no more than those of some.
@@ -72,6 +73,7 @@ class Platform:
     reread_factor: float = 0.0
     unfold_factor: float = 1.0
     kernel_factor: float = 1.0
+    vector_factor: float = 1.0
     cache_factor: float = 1.0
     splits_sums: bool = False
     makes_all: bool = False
