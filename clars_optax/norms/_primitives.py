@@ -125,7 +125,11 @@ def _reshape(operation: Operation, given: Sequence[Layout]) -> Layout:
         return unknown(shape, given[0].problem)
     if 0 in shape or not given[0].carries_batch:
         return unbatched(shape)
-    return given[0].reshape(shape)
+    axes, order = given[0].axes, operation.params["dimensions"]
+    if order is not None:
+        # Transposed first: batched convolutions do that, and order="F".
+        axes = tuple(axes[i] for i in order)
+    return Layout(axes).reshape(shape)
 
 
 @_rule("broadcast_in_dim")

@@ -135,13 +135,24 @@ def _backward(operation: Operation, carried: Sequence[bool]) -> Program:
 
 def _is_separate(program: Program, layouts: Mapping[Value, Layout]) -> bool:
     """Whether a program computes every example's results from that example alone."""
-    return all(_is_local(operation, layouts) for operation in program.operations)
+    return all(_is_local(operation, layouts) for operation in _needed(program))
+
+
+def _needed(program: Program) -> list[Operation]:
+    """The operations that a program's results come from."""
+    found: list[Operation] = []
+    needed = set(program.outputs)
+    for operation in reversed(program.operations):
+        if not needed.isdisjoint(operation.outputs):
+            needed.update(operation.operands)
+            found.append(operation)
+    return found[::-1]
 
 
 def _is_local(operation: Operation, layouts: Mapping[Value, Layout]) -> bool:
     values = [*operation.operands, *operation.outputs]
     if any(value not in layouts for value in values):
-        return False
+        return not any(value.from_batch for value in values)
     every = [layouts[value] for value in values]
     if not any(layout.carries_batch for layout in every):
         return True
@@ -160,18 +171,13 @@ def _summed(
     Inputs that are such sums already may be named: what is made of them must be linear.
     """
     summed: set[Value] = set(addends)
-    needed = set(program.outputs)
-    for operation in reversed(program.operations):
-        if not needed.isdisjoint(operation.outputs):
-            needed.update(operation.operands)
-    for operation in program.operations:
-        if needed.isdisjoint(operation.outputs):
-            continue
+    for operation in _needed(program):
         found = [value for value in operation.operands if value in summed]
         if found:
             others = [value for value in operation.operands if value not in summed]
             if any(value.from_batch for value in others) or not (
-                operation.name in LINEAR
+                # Something else that is added would be added for every share.
+                (operation.name in LINEAR and all(map(_is_zero, others)))
                 or (operation.name in ("dot_general", "mul") and len(found) == 1)
                 or (operation.name == "div" and operation.operands[1] not in summed)
                 or (operation.name == "select_n" and _selects(operation, summed))
@@ -195,6 +201,6 @@ def _selects(operation: Operation, summed: Set[Value]) -> bool:
 
 def _is_zero(value: Value) -> bool:
     producer = value.producer
-    if producer is not None and producer.name == "broadcast_in_dim":
+    if producer is not None and producer.name in ("broadcast_in_dim", "convert_element_type"):
         return _is_zero(producer.operands[0])
     return value.constant is not None and _number(value.constant) == 0.0
