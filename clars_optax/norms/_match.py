@@ -7,10 +7,12 @@ from clars_optax.norms._program import Operation, Program, Value
 # What an operation does, whatever the sizes of its operands are.
 _SIZELESS_PARAMS = frozenset(
     """
-    axes axis batch_group_count broadcast_dimensions dimension dimension_numbers dimensions
-    feature_group_count permutation reverse
+    axes axis broadcast_dimensions dimension dimension_numbers dimensions permutation reverse
     """.split()
 )
+
+# Twice as many where each example has a kernel of its own.
+_GROUPS = ("batch_group_count", "feature_group_count")
 
 
 def match(program: Program, doubled: Program) -> dict[Value, Value]:
@@ -59,6 +61,10 @@ def _agree(first: Operation, second: Operation) -> bool:
         and all(
             first.params[name] == second.params[name]
             for name in first.params.keys() & _SIZELESS_PARAMS
+        )
+        and all(
+            second.params[name] in (first.params[name], 2 * first.params[name])
+            for name in first.params.keys() & {*_GROUPS}
         )
     )
 

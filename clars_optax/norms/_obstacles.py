@@ -60,12 +60,12 @@ TWO_BATCH_AXES = Obstacle(
     ValueError,
     "the parameter meets values with two batch axes, such as the logits of all pairs of "
     "examples; it is not defined which example's copy would be used. Scale the embeddings "
-    "before their product instead.",
+    "before their product instead, or take the parameter out of argnums.",
 )
 UNSUPPORTED = Obstacle(
     NotImplementedError,
     "the parameter meets the batch, which is not supported for this primitive. Apply the "
-    "parameter outside of it, or take it out of argnums.",
+    "parameter outside of it (for a solve, multiply by the inverse), or take it out of argnums.",
 )
 MIXED = Obstacle(
     ValueError,
@@ -87,8 +87,8 @@ SIZED_INSIDE = Obstacle(
 NOT_LINEAR = Obstacle(
     NotImplementedError,
     "the function's own derivative cannot be seen to be linear in the cotangent, as that of one "
-    "which clips or normalises gradients is not; applied to each example's, it would give another "
-    "sum. Change the gradients after the call instead.",
+    "which clips, normalises or adds to gradients is not; applied to each example's, it would give "
+    "another sum. Change the gradients after the call instead.",
 )
 AFTER_THE_MEAN = Obstacle(
     ValueError,

@@ -1,7 +1,9 @@
 """How the batch moves through each primitive: where its factors go in the results."""
 
+import math
 from collections.abc import Callable, Sequence
 
+from clars_optax.norms._along import along
 from clars_optax.norms._layout import (
     Axis,
     Layout,
@@ -104,7 +106,11 @@ def _elementwise(operation: Operation, given: Sequence[Layout]) -> Layout:
 
 def _other(operation: Operation, given: Sequence[Layout], output: Value | None = None) -> Layout:
     """A primitive without a rule: the sizes say where the batch is, if it is plain."""
-    shape = (output or operation.outputs[0]).shape
+    output = output or operation.outputs[0]
+    found = along(operation, given, output)
+    if found is not None:
+        return found
+    shape = output.shape
     batched = [layout for layout in given if layout.carries_batch]
     problem = problem_of(given)
     if problem is None and operation.name in COLLECTIVES:
@@ -216,6 +222,12 @@ def _conv(operation: Operation, given: Sequence[Layout]) -> Layout:
     numbers = operation.params["dimension_numbers"]
     problem = problem_of(given)
     image, kernel = given[0], given[1]
+    if problem is None:
+        axis = _axis_of_groups(operation, image, kernel)
+        if axis is not None:
+            axes = [plain_axis(size) for size in shape]
+            axes[numbers.out_spec[1]] = axis
+            return Layout(tuple(axes))
     if problem is None and (
         image.batch_axes - {numbers.lhs_spec[0]}
         or kernel.batch_axes - {numbers.rhs_spec[0]}
@@ -231,3 +243,23 @@ def _conv(operation: Operation, given: Sequence[Layout]) -> Layout:
     if kernel.carries_batch:
         axes[numbers.out_spec[1]] = kernel.axes[numbers.rhs_spec[0]]
     return Layout(tuple(axes))
+
+
+def _axis_of_groups(operation: Operation, image: Layout, kernel: Layout) -> Axis | None:
+    """The channels of a convolution's result, if every example has feature groups of its own.
+
+    That is what `jax.vmap` makes of convolutions with a kernel for each example.
+    """
+    numbers = operation.params["dimension_numbers"]
+    channels, kernels = numbers.lhs_spec[1], numbers.rhs_spec[0]
+    if image.batch_axes != {channels} or kernel.batch_axes != {kernels}:
+        return None
+    examples, others = (
+        axis[: 1 + max(index for index, factor in enumerate(axis) if factor.stride)]
+        for axis in (image.axes[channels], kernel.axes[kernels])
+    )
+    number = math.prod(factor.size for factor in examples)
+    if examples != others or operation.params["feature_group_count"] % number:
+        return None
+    size = operation.outputs[0].shape[numbers.out_spec[1]]
+    return merge([*examples, *plain_axis(size // number)])

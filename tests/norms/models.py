@@ -245,6 +245,46 @@ def written_for_one_example():
     return Model(loss, params, normal(3, NUM_EXAMPLES, 2, 5))
 
 
+@model
+def frames():
+    """The same convolutions for every frame, mapped over; then pooled, merged with the batch."""
+
+    def loss(p, x):
+        def of_frame(x):
+            return conv(jnp.tanh(conv(x, p["k"]) + p["b"]), p["l"])
+
+        h = jnp.tanh(jax.vmap(of_frame, in_axes=1, out_axes=1)(x))
+        h = h.reshape(-1, *h.shape[2:])
+        h = jax.lax.reduce_window(h, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+        return squared((h.reshape(len(h), -1, order="F") @ p["w"]).reshape(len(x), -1))
+
+    params = {"k": normal(0, 3, 3, 2, 3), "b": normal(1, 3), "l": normal(2, 3, 3, 3, 3)}
+    return Model(loss, params | {"w": normal(3, 12, 2)}, normal(4, NUM_EXAMPLES, 2, 4, 4, 2))
+
+
+@model
+def kernels_of_examples():
+    """A mixture of kernels for every example, and of experts for every token."""
+
+    def loss(p, x):
+        mix = jax.nn.softmax(x.mean((1, 2)) @ p["route"])
+        kernels = jnp.einsum("ne,ehwio->nhwio", mix, p["kernels"])
+        h = jnp.tanh(jax.vmap(lambda x, k: conv(x[None], k)[0])(x, kernels))
+        tokens = h.reshape(-1, h.shape[-1])
+        weights, experts = jax.lax.top_k(jax.nn.softmax(tokens @ p["router"]), 2)
+        tokens = jnp.einsum("tk,td,tkde->te", weights, tokens, p["experts"][experts])
+        return squared(jnp.tanh(tokens).reshape(len(x), -1))
+
+    params = {"route": normal(0, 2, 2), "kernels": normal(1, 2, 3, 3, 2, 3)}
+    params |= {"router": normal(2, 3, 3), "experts": normal(3, 3, 3, 2)}
+    return Model(loss, params, normal(4, NUM_EXAMPLES, 3, 3, 2))
+
+
+def conv(x, kernel):
+    """Keeps the size."""
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=NHWC)
+
+
 def convolution(spatial, kernel, layout, padding="SAME", window_strides=None, **options):
     """One convolution on images of 4 channels, then a bias and a nonlinearity."""
 

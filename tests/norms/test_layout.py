@@ -50,7 +50,10 @@ def shape_changes(draw):
     steps = draw(
         st.lists(
             st.sampled_from(
-                ["transpose", "merge", "split", "expand", "views", "first_view", "flip", "repeat"]
+                [
+                    *["transpose", "merge", "split", "expand", "views", "first_view", "flip"],
+                    *["repeat", "column_major"],
+                ]
             ),
             min_size=1,
             max_size=6,
@@ -78,6 +81,8 @@ def shape_changes(draw):
                 x = jnp.flip(x, axis)
             elif step == "repeat":
                 x = jnp.broadcast_to(x, (2, *x.shape))
+            elif step == "column_major" and x.ndim > 1:
+                x = x.reshape(-1, *x.shape[2:], order="F")
         return x
 
     return (num_examples, 2, 3), function
@@ -92,6 +97,10 @@ def test_layout_says_where_the_examples_are(case):
         return  # refused where a parameter meets it
     where = np.asarray(jax.jit(function)(jnp.asarray(indices(shape), jnp.float32)))
     np.testing.assert_array_equal(examples_of(layout), where)
+
+
+def pooled(x, window):
+    return jax.lax.reduce_window(x, 0.0, jax.lax.add, window, (1, 1), "VALID")
 
 
 @pytest.mark.parametrize(
@@ -113,6 +122,17 @@ def test_layout_says_where_the_examples_are(case):
         (lambda x: x - x[-1], (((6, 1),), ((2, 0),), ((3, 0),))),
         (lambda x: jnp.stack([x, x], 1), (((6, 1),), ((2, 0),), ((2, 0),), ((3, 0),))),
         (lambda x: jax.checkpoint(jnp.sin)(x).T, (((3, 0),), ((2, 0),), ((6, 1),))),
+        (lambda x: jax.lax.reshape(x, (18, 2), (0, 2, 1)), (((6, 1), (3, 0)), ((2, 0),))),
+        (lambda x: x.ravel("F"), (((6, 0), (6, 1)),)),
+        (lambda x: jnp.sort(x.reshape(-1, 3)), (((6, 1), (2, 0)), ((3, 0),))),
+        (lambda x: jax.lax.top_k(x.reshape(-1, 3), 2)[1], (((6, 1), (2, 0)), ((2, 0),))),
+        (lambda x: jax.lax.approx_max_k(x.reshape(-1, 3), 1)[0], (((6, 1), (2, 0)), ())),
+        (lambda x: jnp.fft.rfft(x.reshape(-1, 3)).real, (((6, 1), (2, 0)), ((2, 0),))),
+        (
+            lambda x: jnp.linalg.svd(jnp.tile(x, 2).reshape(-1, 2, 3))[1],
+            (((6, 1), (2, 0)), ((2, 0),)),
+        ),
+        (lambda x: pooled(x.reshape(-1, 3), (1, 3)), (((6, 1), (2, 0)), ())),
         (
             lambda x: jax.lax.scan(lambda c, _: (c + x, c.T), 0 * x, None, 4)[1],
             (((4, 0),), ((3, 0),), ((2, 0),), ((6, 1),)),
@@ -131,6 +151,8 @@ def test_known_layouts(function, axes):
         (lambda x: x[1:], "part of the batch"),
         (lambda x: x.reshape(-1, 3)[::-1], "reversed"),
         (lambda x: jnp.roll(x.reshape(-1, 3), 1, 0), "mixed with something else"),
+        (lambda x: jnp.sort(x.reshape(-1, 3), 0), "merged with other axes"),
+        (lambda x: pooled(x.reshape(-1, 3), (3, 1)), "merged with other axes"),
         (lambda x: jnp.pad(x, ((1, 0), (0, 0), (0, 0))), "padded"),
         (lambda x: jnp.concatenate([x, jnp.ones((1, 2, 3))]), "concatenated with something else"),
         (lambda x: jax.lax.conv(x.T[:1], jnp.ones((1, 2, 1)), (1,), "SAME"), "spatial"),

@@ -272,6 +272,64 @@ def custom_vjp_with_batch_on_another_axis():
     return Model(loss, WIDTHS, SEQUENCES)
 
 
+@jax.custom_vjp
+def quantised(w, size):
+    """As in training for quantised weights; its backward looks at them, but not at gradients."""
+    return jnp.clip(jnp.round(w / size), -3, 3) * size
+
+
+def _of_quantised(residuals, g):
+    w, size = residuals
+    steps = w / size
+    is_inside = jnp.abs(steps) <= 3
+    errors = jnp.where(is_inside, jnp.round(steps) - steps, jnp.clip(steps, -3, 3))
+    return jnp.where(is_inside, g, 0), jnp.sum(g * errors)
+
+
+quantised.defvjp(lambda w, size: (quantised(w, size), (w, size)), _of_quantised)
+
+
+@model
+def custom_vjp_of_weights():
+    def loss(p, x):
+        return squared(jnp.tanh(x @ quantised(p["w"], jnp.abs(p["s"][0]))) @ p["v"])
+
+    return Model(loss, WIDTHS, X)
+
+
+@jax.custom_vjp
+def equilibrium(w, x):
+    """Where a layer maps to itself; its backward has a loop, with a gradient that is not used."""
+    return jax.lax.fori_loop(0, 20, lambda _, z: _layer(w, x, z), jnp.zeros_like(x))
+
+
+def _layer(w, x, z):
+    return jnp.tanh(z @ w + x)
+
+
+def _of_equilibrium(residuals, g):
+    pull = jax.vjp(_layer, *residuals)[1]
+    w, x, z = residuals
+    u = jax.lax.fori_loop(0, 20, lambda _, u: g + jax.vjp(_layer, w, x, z)[1](u)[2], g)
+    return pull(u)[:2]
+
+
+def _to_equilibrium(w, x):
+    z = equilibrium(w, x)
+    return z, (w, x, z)
+
+
+equilibrium.defvjp(_to_equilibrium, _of_equilibrium)
+
+
+@model
+def custom_vjp_with_a_loop():
+    def loss(p, x):
+        return squared(equilibrium(0.1 * p["w"], x * p["s"]) @ p["v"])
+
+    return Model(loss, WIDTHS, X)
+
+
 OPTIONS = [
     {},
     {"group_size": NUM_EXAMPLES},

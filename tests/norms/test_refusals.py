@@ -266,6 +266,18 @@ def clips_the_gradient_of_a_parameter_in_a_scan(params, x):
     return mean_loss({"w": w}, x)
 
 
+@jax.custom_vjp
+def decayed(w):
+    return w
+
+
+decayed.defvjp(lambda w: (w, w), lambda w, g: (g + 0.1 * w,))
+
+
+def adds_to_the_gradient_of_a_parameter(params, x):
+    return mean_loss({"w": decayed(params["w"])}, x)
+
+
 def sharded_inside(params, x):
     mesh = jax.make_mesh((2,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
     layer = jax.shard_map(
@@ -359,6 +371,11 @@ def changes_with_the_batch_size(params, x):
         ),
         (
             clips_the_gradient_of_a_parameter,
+            NotImplementedError,
+            r"'w'.*`custom_vjp_call.*linear.*after the call",
+        ),
+        (
+            adds_to_the_gradient_of_a_parameter,
             NotImplementedError,
             r"'w'.*`custom_vjp_call.*linear.*after the call",
         ),
