@@ -62,8 +62,9 @@ def train(prepared: Prepared) -> None:
         title = f"{title}, batch {config.batch_size}"
         plot_curves(lines, title, prepared.layers, prepared.workdir / "curves.png")
     accuracy = run.evaluation["test_accuracy"]
+    num_examples = len(prepared.test_examples) - run.evaluation.get("bad_examples", 0)
     console.print(f"waiting for data: {progress.waiting():.1%} of the time of the steps")
-    console.print(f"held-out accuracy: {accuracy:.2%} of {len(prepared.test_examples)} examples")
+    console.print(f"held-out accuracy: {accuracy:.2%} of {num_examples} examples")
     console.print(f"run folder: {prepared.workdir}")
 
 

@@ -109,8 +109,8 @@ def _check_boundaries(
     if name != "step":
         if boundaries:
             raise ValueError(
-                f"--decay-epochs is given, but the schedule {name} has no such thing: leave it out,"
-                " or choose step."
+                f"--decay-epochs is given, but the schedule {name} has no such thing: say "
+                "--decay-epochs without any, or choose step."
             )
         return
     if not boundaries:

@@ -488,22 +488,22 @@ def test_unknown_name():
             "sgd",
             "trust_coefficient",
             0.1,
-            "--trust-coefficient is 0.1, but the optimizer sgd has no such thing: leave it out, or "
-            "choose 'clars', 'lars', 'optax-lars' or 'tvlars'.",
+            "--trust-coefficient is 0.1, but the optimizer sgd has no such thing: say "
+            "--trust-coefficient None, or choose 'clars', 'lars', 'optax-lars' or 'tvlars'.",
         ),
         (
             "optax-lars",
             "max_trust_ratio",
             2.0,
-            "--max-trust-ratio is 2.0, but the optimizer optax-lars has no such thing: leave it "
-            "out, or choose 'clars', 'lars' or 'tvlars'.",
+            "--max-trust-ratio is 2.0, but the optimizer optax-lars has no such thing: say "
+            "--max-trust-ratio None, or choose 'clars', 'lars' or 'tvlars'.",
         ),
         (
             "lamb",
             "nesterov",
             True,
-            "--nesterov is True, but the optimizer lamb has no such thing: leave it out, or choose "
-            "'clars', 'lars', 'optax-lars', 'sgd', 'lena' or 'tvlars'.",
+            "--nesterov is True, but the optimizer lamb has no such thing: say --no-nesterov, or "
+            "choose 'clars', 'lars', 'optax-lars', 'sgd', 'lena' or 'tvlars'.",
         ),
     ],
 )

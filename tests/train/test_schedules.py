@@ -125,8 +125,8 @@ def test_constant():
         ),
         (
             {"name": "cosine", "boundaries": [5]},
-            "--decay-epochs is given, but the schedule cosine has no such thing: leave it out, or "
-            "choose step.",
+            "--decay-epochs is given, but the schedule cosine has no such thing: say "
+            "--decay-epochs without any, or choose step.",
         ),
         (
             {"name": "step", "boundaries": [5, 4]},

@@ -10,18 +10,19 @@ examples. Published: 76.3 % top-1 (table 1: 23.74 % error).
     python -m train imagenet-resnet50-nus --data-dir DIR
 
 The LARS reimplementation of NUS-HPC-AI-Lab (LARS-ImageNet-PyTorch on GitHub) at batch 16,384: peak
-2^4.5 after five epochs of warm-up, power 2, 90 epochs, weight decay 0.0001, label smoothing 0.1.
-Published: 76.96 % top-1.
+2^4.5 after five epochs of warm-up, power 2, 90 epochs, weight decay 0.0001, label smoothing 0.1;
+ratios and rates act outside of the momentum buffer. Published: 76.96 % top-1.
 
     python -m train imagenet-resnet50-mlperf --data-dir DIR
 
 MLPerf Training 3.1 on eight GPUs with 400 examples each: LARS, peak 11 after two epochs of warm-up,
 power 2, 37 epochs, weight decay 0.00005, label smoothing 0.1. Published: 75.9 % top-1, the target
-that ends a run, at epoch 35.
+that ends a run, at epoch 35. Its ratios and rates act inside of the buffer.
 
-Rates are written as peak * 256 / batch, for they are scaled with the batch. Where a recipe's own
-code differs from ours in crops or in the place of a constant, that is not copied. We have run none
-of these at full scale.
+Rates are written as peak * 256 / batch, for they are scaled with the batch. Not copied are a
+recipe's own crops and constants: LARS's denominator there is ||g|| + decay ||w||, here that of
+`lars`; NUS also caps ratios at 50 and entries of the decayed gradient at 10, and its label
+smoothing leaves out the label's own class. We have run none of these at full scale.
 """
 
 import dataclasses
@@ -51,8 +52,8 @@ NUS = Config(
     dataset="imagenet2012",
     model="resnet50",
     dtype="bfloat16",
-    optimizer="optax-lars",
-    learning_rates={"optax-lars": 2**4.5 * 256 / 16384},
+    optimizer="lars",
+    learning_rates={"lars": 2**4.5 * 256 / 16384},
     warmup_epochs=5,
     schedule="polynomial",
     batch_size=16384,
@@ -65,6 +66,7 @@ NUS = Config(
 MLPERF = dataclasses.replace(
     NUS,
     config="imagenet-resnet50-mlperf",
+    optimizer="optax-lars",
     learning_rates={"optax-lars": 11 * 256 / 3200},
     warmup_epochs=2,
     batch_size=3200,

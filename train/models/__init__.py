@@ -71,10 +71,12 @@ def make_model(
     for option, value in asked_for.items():
         having = [other for other, make in MODELS.items() if option in _parameters(make)]
         if name not in having:
-            flag = "--" + option.replace("_", "-")
+            flag = option.replace("_", "-")
+            # A named configuration may have brought it.
+            without = f"--no-{flag}" if value is True else f"--{flag} 0"
             raise ValueError(
-                f"{flag} is {value}, but {name} has no place for it: leave it out, or choose one "
-                f"of {', '.join(having)}."
+                f"--{flag} is {value}, but {name} has no place for it: say {without}, or choose "
+                f"one of {', '.join(having)}."
             )
     return MODELS[name](
         num_classes=num_classes,

@@ -4,7 +4,7 @@
 name                    step of a layer with weights w, gradient g, per-example gradients g_i
 ======================  ============================================================================
 clars                   0.01 ||w|| / mean ||g_i||, at most 0.1, times the momentum buffer
-lars                    0.001 ||w|| / ||g + decay|| times the momentum buffer
+lars                    0.001 ||w|| / ||g + decay||, times the momentum buffer
 tvlars                  lars times a factor that falls over the run
 optax-lars              lars with ratio and learning rate inside the momentum buffer
 lamb                    Adam's direction d plus decay, times ||w|| / ||d + decay||
@@ -96,8 +96,10 @@ def make_optimizer(
         having = [other for other in _OPTIMIZERS if option in _parameters(other)]
         if name not in having:
             flag = "--" + option.replace("_", "-")
+            # A named configuration may have brought it.
+            without = "--no-nesterov" if option == "nesterov" else f"{flag} None"
             raise ValueError(
-                f"{flag} is {value}, but the optimizer {name} has no such thing: leave it out, or "
+                f"{flag} is {value}, but the optimizer {name} has no such thing: say {without}, or "
                 f"choose {listed(map(repr, having), 'or')}."
             )
     known: dict[str, Any] = {

@@ -33,7 +33,8 @@ def lars(
       w &\leftarrow w - \gamma \min\left(\text{max\_trust\_ratio},\;
            \text{trust\_coefficient} \cdot \frac{\|w\|}{\|d\| + 10^{-6}}\right) m
 
-    You et al. have the ratio and the learning rate within the buffer, as `optax_lars` does.
+    You et al. have the ratio and the learning rate within the buffer, as `optax_lars` does, and
+    :math:`\|g\| + \lambda \|w\|` as the denominator, which is never less.
     """
     decay = optax.add_decayed_weights(weight_decay, weight_decay_mask)
     chain = clars_optax.clars(
@@ -83,7 +84,9 @@ def optax_lars(
     nesterov: bool = False,
     trust_coefficient: float = TRUST_COEFFICIENT,
 ) -> Optimizer:
-    r"""Makes `optax.lars`, whose momentum buffer holds the rates too, as in the paper.
+    r"""Makes `optax.lars`, whose momentum buffer holds the rates too.
+
+    That is as in the paper, but for the denominator (see `lars`).
 
     .. math::
       d &= g + \lambda w \\
