@@ -1,4 +1,5 @@
 import io
+import re
 
 import numpy as np
 import PIL.Image
@@ -125,6 +126,34 @@ def test_large_photo_is_decoded_at_a_lower_resolution(monkeypatch):
         assert np.abs(view.astype(int) - expected).mean() < 5
 
 
+@pytest.mark.parametrize(
+    ("height", "width", "number"), [(375, 500, 30), (300, 1100, 30), (260, 8000, 1)]
+)
+def test_view_at_a_lower_resolution_is_in_its_place(height, width, number):
+    """Colours tell the place: red from left to right of the rectangle, green from top to bottom."""
+    offsets = []
+    for seed in range(number):
+        rng, same = generators(seed)
+        box = images.random_box(height, width, same)
+        across = 64 + 128 * (np.arange(width) + 0.5 - box.left) / box.width
+        down = 64 + 128 * (np.arange(height) + 0.5 - box.top) / box.height
+        colours = np.full((height, width, 3), 128.0)
+        colours[..., 0], colours[..., 1] = across, down[:, np.newaxis]
+        pixels = np.rint(colours.clip(0, 255)).astype(np.uint8)
+        content = encode(PIL.Image.fromarray(pixels), quality=98, subsampling=0)
+        edges = (box.left, box.top, box.left + box.width, box.bottom)
+        expected = PIL.Image.open(io.BytesIO(content)).resize((32, 32), box=edges)
+
+        view = encoded.random_resized_crop(content, 3, "photo", 32, rng)
+
+        difference = view.astype(float) - np.asarray(expected)
+        offsets.append(np.abs(difference.mean(axis=(0, 1))[:2]) / 128)
+
+    # Edges are moved to whole pixels, of which there are 32 and more, by up to a half.
+    assert np.max(offsets) < 0.018
+    assert np.mean(offsets, axis=0).max() < 0.01
+
+
 def test_photo_is_not_turned():
     exif = PIL.Image.Exif()
     exif[0x0112] = 6  # Orientation: turn clockwise.
@@ -137,8 +166,94 @@ JPEG = encode(photo(60, 90))
 
 @pytest.mark.parametrize("content", [b"", b"GIF89a and so on", JPEG[:300], JPEG[:2]])
 def test_damaged_photo_is_named(content):
-    message = rf"n01_7.JPEG cannot be decoded: it has {len(content)} bytes .* prepare it again"
+    assert_refused(content, "")
+
+
+def assert_refused(content, problem):
+    """As one to test on, and as one to train on, wherever the rectangle lies."""
+    length = len(content)
+    message = rf"n01_7.JPEG cannot be decoded: it has {length} bytes .*{problem}.* prepare it again"
     with pytest.raises(ValueError, match=message):
         encoded.decode(content, 3, "n01_7.JPEG")
-    with pytest.raises(ValueError, match=message):
-        encoded.random_resized_crop(content, 3, "n01_7.JPEG", 16, np.random.default_rng(0))
+    for seed in range(3):
+        rng = np.random.default_rng(seed)
+        with pytest.raises(ValueError, match=message):
+            encoded.random_resized_crop(content, 3, "n01_7.JPEG", 16, rng)
+
+
+KINDS = {
+    "baseline": {},
+    "restarts": {"restart_marker_rows": 1},
+    "progressive": {"progressive": True},
+}
+
+
+def with_small_copy(content):
+    """As cameras write it, into a segment of the header."""
+    small = b"Exif\x00\x00" + encode(photo(16, 16))
+    return content[:2] + b"\xff\xe1" + (len(small) + 2).to_bytes(2, "big") + small + content[2:]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("change", [lambda content: content, with_small_copy])
+def test_photo_that_ends_early_is_refused(change, kind):
+    content = change(encode(photo(120, 160), **KINDS[kind]))
+    assert encoded.decode(content, 3, "photo").shape == (120, 160, 3)
+
+    for length in np.linspace(len(content) // 8, len(content) - 40, 12, dtype=int).tolist():
+        with pytest.raises(OSError, match=r"(?i)truncated"):
+            pillow(content[:length])
+        assert_refused(content[:length], "")
+    assert_refused(content[: len(content) // 2], "and ends before the image does")
+
+
+def test_progressive_photo_that_ends_between_two_scans_is_refused():
+    content = encode(photo(120, 160), progressive=True)
+    scans = [found.start() for found in re.finditer(b"\xff\xda", content)]
+    # Tables come before a scan.
+    ends = [content.rindex(b"\xff\xc4", 0, scan) for scan in scans[1:]]
+    assert len(ends) > 5
+
+    for end in ends:
+        assert_refused(content[:end], "and ends before the image does")
+
+
+@pytest.mark.parametrize("kind", ["baseline", "restarts"])
+def test_photo_without_the_marker_of_its_end_is_decoded(kind):
+    content = encode(photo(120, 160), **KINDS[kind])
+
+    image = encoded.decode(content[:-2], 3, "photo")
+
+    np.testing.assert_array_equal(image, encoded.decode(content, 3, "photo"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "flaw",
+    [
+        lambda content: content[:-2] + b"\x12\x34" + content[-2:],
+        lambda content: content + bytes(10_000),
+        lambda content: content + JPEG[:-100],  # Of cameras that store a second view.
+    ],
+)
+def test_flaws_that_do_no_harm_are_passed_over(flaw, kind):
+    content = encode(photo(120, 160), **KINDS[kind])
+    rng, same = generators(0)
+
+    image = encoded.decode(flaw(content), 3, "photo")
+    view = encoded.random_resized_crop(flaw(content), 3, "photo", 48, rng)
+
+    np.testing.assert_allclose(image.astype(int), pillow(content), atol=3)
+    np.testing.assert_array_equal(view, images.random_resized_crop(image, 48, same))
+
+
+def test_photo_that_claims_too_many_pixels_is_refused():
+    content = bytearray(JPEG)
+    size = JPEG.index(b"\xff\xc0") + 5
+    content[size : size + 4] = (20_000).to_bytes(2, "big") + (10_000).to_bytes(2, "big")
+    with pytest.raises(PIL.Image.DecompressionBombError, match=f"limit of {encoded.MAX_PIXELS} "):
+        pillow(bytes(content))
+
+    assert_refused(
+        bytes(content), "claims 20,000 x 10,000 pixels, where at most 178,956,970 were expected"
+    )

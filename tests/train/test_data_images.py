@@ -1,4 +1,5 @@
 import numpy as np
+import PIL.Image
 import pytest
 
 from train.data import images
@@ -143,3 +144,70 @@ def test_centre_is_the_middle_seven_eighths(height, width):
     side = min(height, width) * 7 / 8
     np.testing.assert_allclose(sizes, side, atol=2)
     np.testing.assert_allclose([left, top], [(width - side) / 2, (height - side) / 2], atol=2)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("height", "width", "size"),
+    [(375, 500, 224), (333, 500, 224), (64, 64, 56), (90, 701, 64), (37, 260, 224), (1, 8, 5)],
+)
+def test_centre_is_that_of_the_whole_photo(height, width, size, turned, rng):
+    shape = (width, height, 3) if turned else (height, width, 3)
+    photo = rng.integers(0, 256, shape, dtype=np.uint8)
+    whole = whole_resized(photo, size, images.resize)
+
+    np.testing.assert_array_equal(images.resized_centre(photo, size), whole)
+
+
+def whole_resized(photo, size, resize):
+    """Resizes all of a photo, and cuts out the central square then."""
+    scale = round(size * 256 / 224) / min(photo.shape[:2])
+    resized = resize(photo, *(round(side * scale) for side in photo.shape[:2]))
+    top, left = ((side - size) // 2 for side in resized.shape[:2])
+    return resized[top : top + size, left : left + size]
+
+
+def pillow_resize(image, height, width):
+    resample = PIL.Image.Resampling.BILINEAR
+    return np.asarray(PIL.Image.fromarray(image).resize((width, height), resample))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("height", "width"), [(1, 2000), (1, 2001), (2, 901), (30, 1000), (31, 1001), (150, 2503)]
+)
+def test_centre_of_a_strip_is_that_of_the_whole_strip(height, width, turned):
+    """To a resized pixel; from one to the next, colours change by a few grey levels at most."""
+    rows, columns = np.mgrid[:height, :width].astype(float)
+    period = 3 * height + 4
+    waves = [
+        np.sin(2 * np.pi * (columns + at * height) / period + rows / period) for at in range(3)
+    ]
+    strip = np.rint(128 + 100 * np.stack(waves, axis=-1)).astype(np.uint8)
+    strip = strip.swapaxes(0, 1).copy() if turned else strip
+
+    expected = whole_resized(strip, 112, pillow_resize)
+
+    steps = [np.abs(np.diff(expected.astype(int), axis=axis)).max() for axis in (0, 1)]
+    centre = images.resized_centre(strip, 112)
+    np.testing.assert_allclose(centre.astype(int), expected, atol=max(steps) + 1)
+    assert max(steps) < 8
+
+
+def test_little_memory_is_enough_for_a_strip(monkeypatch):
+    resize = images.resize
+
+    def resize_little(image, height, width):
+        assert height * width < 1_000_000
+        return resize(image, height, width)
+
+    monkeypatch.setattr(images, "resize", resize_little)
+    strip = np.zeros((1, 30_000, 3), np.uint8)
+    strip[:, 15_000:] = 200
+
+    centre = images.resized_centre(strip, 224)
+
+    # Each pixel becomes 256, and between the centres of two the colour changes evenly.
+    places = 14_999.5 + (np.arange(-112, 112) + 0.5) / 256
+    expected = np.interp(places, [14_999, 15_000], [0, 200])
+    np.testing.assert_allclose(centre[:, :, 1], np.tile(expected, (224, 1)), atol=1)

@@ -1,6 +1,7 @@
 import dataclasses
 import threading
 
+import cv2
 import numpy as np
 import pytest
 
@@ -132,6 +133,38 @@ def test_failure_of_an_example_reaches_the_loop(damaged):
 
     with pytest.raises(ValueError, match=f"photo {damaged} cannot be decoded"):
         next(eval_batches(dataset, make_examples(1000), batch_size=1000, image_size=2))
+
+
+def shrink_to_nothing(image):
+    return cv2.resize(image, (0, 0))
+
+
+def want_too_much(image):
+    raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("fail", "reason"), [(shrink_to_nothing, "resize"), (want_too_much, "memory is not enough")]
+)
+def test_photo_that_cannot_be_resized_is_a_bad_example(fail, reason):
+    def crop(example, size):
+        return fail(example["image"]) if example["label"] == 3 else example["image"]
+
+    dataset = dataclasses.replace(DIGITS, crop=crop, augment=lambda ex, size, _: crop(ex, size))
+    options = {"batch_size": 5, "image_size": 2}
+    examples = make_examples(5)
+
+    for batches in (
+        train_batches(dataset, examples, **options, seed=0),
+        eval_batches(dataset, examples, **options),
+    ):
+        with pytest.raises(ValueError, match=rf"^no\. 3 cannot be decoded or resized: .*{reason}"):
+            next(iter(batches))
+    trained = next(train_batches(dataset, examples, **options, seed=0, max_bad_examples=1))
+    assert trained["bad_examples"] == 1
+    assert 3 not in trained["label"]
+    (evaluated,) = eval_batches(dataset, examples, **options, max_bad_examples=1)
+    assert evaluated["mask"].tolist() == [1, 1, 1, 0, 1]
 
 
 def test_evaluation_fills_up_the_last_batch():

@@ -9,6 +9,9 @@ import math
 import cv2
 import numpy as np
 
+# Of a photo that is more than so many times as long as wide, the ends are not resized to test on.
+_LONGEST = 8
+
 # The pipeline runs one image in each of its threads; OpenCV's own threads would only compete.
 cv2.setNumThreads(1)
 
@@ -52,8 +55,13 @@ class Box:
         return image[self.top : self.bottom, self.left : self.left + self.width]
 
     def scaled(self, factor: float) -> "Box":
-        """Returns where it is in an image that is larger or smaller by a factor."""
-        return Box(*(round(factor * value) for value in dataclasses.astuple(self)))
+        """Returns where it is in an image that is larger or smaller by a factor.
+
+        Each edge is moved by at most half a pixel. It is not empty if it has a pixel or more there.
+        """
+        edges = (self.top, self.left, self.bottom, self.left + self.width)
+        top, left, bottom, right = (math.floor(factor * edge + 0.5) for edge in edges)
+        return Box(top, left, bottom - top, right - left)
 
 
 def random_box(height: int, width: int, rng: np.random.Generator) -> Box:
@@ -109,7 +117,16 @@ def random_flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def resized_centre(image: np.ndarray, size: int) -> np.ndarray:
-    """Resizes the shorter side to `size` * 256 / 224 and cuts out the central square."""
+    """Resizes the shorter side to `size` * 256 / 224 and cuts out the central square.
+
+    Of a strip the ends are cut off first: resized, a row of 30,000 pixels would take gigabytes.
+    """
+    height, width = image.shape[:2]
+    longest = _LONGEST * min(height, width)
+    # A part has the same centre if it is odd where the strip is odd.
+    image = _central(
+        height, width, min(height, longest + height % 2), min(width, longest + width % 2)
+    ).cut(image)
     height, width = image.shape[:2]
     scale = round(size * 256 / 224) / min(height, width)
     resized = resize(image, round(height * scale), round(width * scale))

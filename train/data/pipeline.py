@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
+import cv2
 import grain
 import numpy as np
 
 from train.data.dataset import Dataset, Example
+from train.text import first_line
 
 Batch = dict[str, np.ndarray]
 
@@ -41,8 +43,9 @@ def train_batches(
     Every pass sees every example once, in another order. A batch may begin in one pass and end in
     the next, so that no example is dropped however large the batch.
 
-    An example is bad if it cannot be read or decoded, or if its label is out of range. Another one
-    takes its place, at random, but such that this too depends on the place in the run alone.
+    An example is bad if it cannot be read, decoded or resized, if memory is not enough for it, or
+    if its label is out of range. Another one takes its place, at random, but such that this too
+    depends on the place in the run alone.
 
     Args:
         dataset: says how an example becomes an image to train on.
@@ -175,7 +178,13 @@ def _prepare(
                 f"{example['name']} has the label {label}, where 0 to {dataset.num_classes - 1} "
                 "was expected."
             )
-        return {"image": view(example), "label": label}
+        try:
+            return {"image": view(example), "label": label}
+        except (cv2.error, MemoryError) as error:
+            reason = first_line(error) or "memory is not enough"
+            raise ValueError(
+                f"{example['name']} cannot be decoded or resized: {reason}."
+            ) from error
     except ValueError as error:
         return _Bad(index, error)
 
