@@ -1,5 +1,6 @@
 """The command line: `python -m train [configuration] [options]`."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -9,11 +10,13 @@ import jax
 import tyro
 
 from train import processes
+from train.checkpoint import steps_in
 from train.config import Config
 from train.configs import CONFIGS
-from train.errors import RunError
+from train.errors import RunError, remedy_of
 from train.loop import train
-from train.setup import prepare
+from train.run_folder import CHECKPOINTS
+from train.setup import Prepared, prepare
 from train.validation import validate_cluster
 
 
@@ -58,7 +61,27 @@ def _run(config: Config) -> None:
             processes.leave()
         _exit(error, error.exit_code)
     except OSError as error:
-        _exit(f"{error}. The last checkpoint is safe: the same command goes on from it.", 1)
+        _exit(_failure(error, prepared), 1)
+
+
+def _failure(error: OSError, prepared: Prepared) -> str:
+    """Says what the system has refused, and how the run goes on."""
+    what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    option = f" and --workdir {prepared.workdir}" if prepared.config.workdir is None else ""
+    try:
+        steps = steps_in(prepared.workdir / CHECKPOINTS)
+    except OSError:  # The whole file system may be gone.
+        how = "goes on from the last checkpoint, if there is one"
+    else:
+        how = (
+            f"goes on from the checkpoint of step {steps[-1]}"
+            if steps
+            else "begins anew, for there is no checkpoint yet"
+        )
+    return (
+        f"{what}. The run ends here: {remedy_of(error.errno)} and start again with the same "
+        f"command{option}, which {how}."
+    )
 
 
 def _say(problem: object) -> None:
@@ -66,8 +89,10 @@ def _say(problem: object) -> None:
 
 
 def _exit(problem: object, code: int) -> NoReturn:
-    _say(problem)
-    sys.stdout.flush()
+    # Where they are written to a full disk, there is no room for the last words.
+    with contextlib.suppress(OSError):
+        _say(problem)
+        sys.stdout.flush()
     # Not sys.exit: threads that read ahead would be waited for, with a large batch for long.
     os._exit(code)
 

@@ -15,7 +15,6 @@ Arrays are saved as the host has them, whole, so that a run may go on with anoth
 or processes. The process with index 0 writes, and says which checkpoint is whole; all must call.
 """
 
-import errno
 import json
 import logging
 import os
@@ -34,7 +33,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from train.checksums import damage_of, write_checksums
-from train.errors import RunError
+from train.errors import RunError, remedy_of
 from train.processes import from_first_process
 from train.state import TrainState
 from train.text import listed
@@ -97,9 +96,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Returns the steps of the checkpoints on the disk, whole or not, in ascending order."""
-        if not self._folder.exists():
-            return []
-        return sorted(int(path.name) for path in self._folder.iterdir() if path.name.isdecimal())
+        return steps_in(self._folder)
 
     def arrays(self, step: int) -> dict[str, Any]:
         """Returns the arrays of a checkpoint in nested dicts and lists, without a check."""
@@ -282,13 +279,18 @@ class Checkpoints:
             shutil.rmtree(path, ignore_errors=True)
 
     def _failure(self, step: int, code: int) -> str:
-        is_full = code in (errno.ENOSPC, errno.EDQUOT)
         return (
             f"checkpoint {step} could not be written to {self._folder}: {os.strerror(code)}. "
-            f"{_which_are_whole(sorted(self._whole))}: "
-            f"{'free some space' if is_full else 'put that right'} and start again with the same "
-            "command."
+            f"{_which_are_whole(sorted(self._whole))}: {remedy_of(code)} and start again with the "
+            "same command."
         )
+
+
+def steps_in(folder: Path) -> list[int]:
+    """Returns the steps of the checkpoints in a folder, which need not be there, whole or not."""
+    if not folder.exists():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
 
 
 def _is_not_an_error_of_orbax(record: logging.LogRecord) -> bool:

@@ -1,6 +1,7 @@
 """What ends a run with one line, without a traceback."""
 
 import contextlib
+import errno
 from collections.abc import Iterator
 
 
@@ -27,3 +28,8 @@ def ending_the_run() -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         raise RunError(str(error)) from error
+
+
+def remedy_of(code: int | None) -> str:
+    """Says what helps against an error of the operating system that has this code."""
+    return "free some space" if code in (errno.ENOSPC, errno.EDQUOT) else "put that right"

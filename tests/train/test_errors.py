@@ -1,9 +1,15 @@
-"""What a run says of errors that JAX raises."""
+"""What a run says of errors that JAX or the operating system raises."""
+
+import dataclasses
+import errno
+import os
+import types
 
 import jax
 import pytest
 
 from train import __main__, processes
+from train.configs import CONFIGS
 
 
 def raising(message):
@@ -56,3 +62,71 @@ def test_others_end_with_a_line(monkeypatch, capsys):
     __main__.main()
     assert codes == [1]
     assert capsys.readouterr().err.startswith("python -m train: the memory of a device is not")
+
+
+@pytest.fixture
+def said_of(monkeypatch, capsys, tmp_path):
+    """What the command says when training in `tmp_path` raises an error."""
+
+    def run(error, workdir=tmp_path):
+        def train(prepared):
+            raise error
+
+        config = dataclasses.replace(CONFIGS["digits"], workdir=workdir)
+        prepared = types.SimpleNamespace(config=config, workdir=tmp_path)
+        codes = []
+        with monkeypatch.context() as patch:
+            patch.setattr(__main__, "prepare", lambda config: prepared)
+            patch.setattr(__main__, "train", train)
+            patch.setattr(__main__.os, "_exit", codes.append)
+            __main__._run(config)
+        assert codes == [1]
+        return capsys.readouterr().err
+
+    return run
+
+
+def refused(code, *name):
+    return OSError(code, os.strerror(code), *name)
+
+
+def test_what_the_system_refuses_is_named_with_what_to_do(said_of, tmp_path):
+    said = said_of(refused(errno.ENOSPC, "RUN/metrics.jsonl"))
+
+    assert said == (
+        "python -m train: RUN/metrics.jsonl: No space left on device. The run ends here: free some "
+        "space and start again with the same command, which begins anew, for there is no "
+        "checkpoint yet.\n"
+    )
+
+    for step in (20, 120):
+        (tmp_path / "checkpoints" / str(step)).mkdir(parents=True)
+    assert said_of(refused(errno.EROFS)).endswith(
+        "[Errno 30] Read-only file system. The run ends here: put that right and start again with "
+        "the same command, which goes on from the checkpoint of step 120.\n"
+    )
+    # The folder that it was given has to be named, if it shall go on.
+    assert f" the same command and --workdir {tmp_path}, which goes on" in said_of(
+        refused(errno.EDQUOT), workdir=None
+    )
+
+
+def test_file_system_that_is_gone(said_of, monkeypatch):
+    def steps_in(folder):
+        raise refused(errno.EIO)
+
+    monkeypatch.setattr(__main__, "steps_in", steps_in)
+
+    assert said_of(refused(errno.ESTALE, "metrics.jsonl")).endswith(
+        ": put that right and start again with the same command, which goes on from the last "
+        "checkpoint, if there is one.\n"
+    )
+
+
+def test_no_room_for_the_last_words(said_of, monkeypatch):
+    def print_nothing(problem):
+        raise refused(errno.ENOSPC)
+
+    monkeypatch.setattr(__main__, "_say", print_nothing)
+
+    assert said_of(refused(errno.ENOSPC)) == ""
