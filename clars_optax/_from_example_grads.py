@@ -17,7 +17,8 @@ def from_example_grads(
 
     Each leaf of the updates carries the N examples on its first axis. ``tx`` gets their mean as its
     updates and the norm of every example's gradient, float32 of shape [N], as
-    ``example_grad_norms``. Parameters and state are those of ``tx``.
+    ``example_grad_norms``. Parameters and state are those of ``tx``. It goes around all others, as
+    in ``from_example_grads(optax.masked(...))``.
 
     Args:
       tx: the optimizer, :func:`clars` for instance.

@@ -140,7 +140,9 @@ def _inside(
         before = list(entering)
         for index, value in zip(carried, operation.bodies[0].outputs, strict=False):
             body_input = operation.bodies[0].inputs[index]
-            entering[index] = _agreed(entering[index], layouts[value], body_input)
+            entering[index] = _agreed(
+                entering[index], layouts[value], body_input, (operation.entering[index], value)
+            )
         if entering == before:
             return layouts
 
@@ -155,12 +157,22 @@ def walks_through_the_batch(
     )
 
 
-def _agreed(one: Layout, other: Layout, value: Value) -> Layout:
-    """The layout of what two branches return, or a scan takes from one step to the next."""
+def _agreed(one: Layout, other: Layout, value: Value, sources: tuple[Value, Value]) -> Layout:
+    """The layout of what two branches return, or a scan takes from one step to the next.
+
+    Args:
+      one: that of a branch, or before the step.
+      other: that of another branch, or behind it.
+      value: what takes its place.
+      sources: what the layouts are of.
+    """
     if one == other:
         return one
     if one.problem is None and other.problem is None:
         return unknown(value.shape, "two arrangements of the batch meet")
+    for layout, source in zip((one, other), sources, strict=True):
+        if layout.problem is not None and source.from_batch:
+            return unknown(value.shape, layout.problem)
     # An array that the loss made itself lies as the one that takes its place.
     return other if one.problem is not None and other.problem is None else one
 
@@ -169,9 +181,10 @@ def _leaving(operation: Operation, inside: Mapping[Value, Layout]) -> list[Layou
     """The layouts of the results of an operation with bodies."""
     layouts = []
     for value, position in zip(operation.outputs, operation.positions, strict=True):
-        layout, *others = (inside[body.outputs[position]] for body in operation.bodies)
+        first, *others = (body.outputs[position] for body in operation.bodies)
+        layout = inside[first]
         for other in others:
-            layout = _agreed(layout, other, value)
+            layout = _agreed(layout, inside[other], value, (first, other))
         if operation.kind == "scan" and position >= len(operation.carried):
             layout = Layout((plain_axis(value.shape[0]), *layout.axes), layout.problem)
         layouts.append(layout)

@@ -60,5 +60,11 @@ def with_automatic_axes(
         return function(*args, **kwargs)
 
     with jax.sharding.use_abstract_mesh(mesh):
-        run = jax.sharding.auto_axes(of_arrays, out_sharding=out_sharding)
+        # Inside of a `jax.shard_map` over others they stay as they are.
+        explicit = tuple(
+            name
+            for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+            if kind == AxisType.Explicit
+        )
+        run = jax.sharding.auto_axes(of_arrays, axes=explicit, out_sharding=out_sharding)
         return run([leaves[place] for place in places])

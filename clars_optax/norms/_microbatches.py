@@ -70,9 +70,12 @@ def accumulate(
         if jax.default_backend() == "cpu":
             # In a loop, XLA's CPU backend computes the gradients of convolutions many times slower.
             for index in indices:
-                # In order: the activations of one micro-batch at a time.
-                sums, ready = jax.lax.optimization_barrier((sums, list(batch)))
-                summed, piece = micro(index, num_norms_each, ready)
+                # In order: the activations of one micro-batch at a time. The index too: XLA gets
+                # gradients of embeddings wrong if it cuts a sharded batch at a place that it knows.
+                sums, ready, place = jax.lax.optimization_barrier(
+                    (sums, list(batch), jnp.int32(index))
+                )
+                summed, piece = micro(place, num_norms_each, ready)
                 sums = summed if sums is None else jax.tree.map(jnp.add, sums, summed)
                 pieces.append(piece)
             continue

@@ -176,8 +176,19 @@ def _mixes(operation: Operation, layouts: Sequence[Layout], outputs: Sequence[La
         return any(operation.operands[0].shape[axis] != 1 for axis in made)
     if name != "broadcast_in_dim" and not any(axes):
         return True
+    if name == "broadcast_in_dim":
+        # Entries of its own for places in the batch, of which there would be others in a group.
+        return any(
+            target in made and source not in axes[0] and operation.operands[0].shape[source] != 1
+            for source, target in enumerate(params["broadcast_dimensions"])
+        )
     if name in ELEMENTWISE:
-        return made != frozenset().union(*axes)
+        shape = operation.outputs[0].shape
+        return made != frozenset().union(*axes) or any(
+            len(value.shape) == len(shape) and value.shape[axis] != 1 and axis not in carried
+            for value, carried in zip(operation.operands, axes, strict=True)
+            for axis in made
+        )
     if name == "dot_general":
         contracted, batched = params["dimension_numbers"]
         return any(axes[side] & {*contracted[side]} for side in (0, 1)) or any(

@@ -47,7 +47,15 @@ def _is_rolled(operation: Operation, given: Sequence[Layout]) -> bool:
     for value in operation.operands:
         if value.producer is None or value.producer.name != "slice":
             return False
-        sources.add(value.producer.operands[0])
+        (source,) = value.producer.operands
+        along = operation.params["dimension"]
+        if any(
+            size != part and axis != along
+            for axis, (size, part) in enumerate(zip(source.shape, value.shape, strict=True))
+        ):
+            # Something else than the order changes.
+            return False
+        sources.add(source)
     return len(sources) == 1 and all(
         layout.problem == A_PART or not layout.carries_batch for layout in given
     )
@@ -205,6 +213,11 @@ def _gather(operation: Operation, given: Sequence[Layout]) -> Layout:
     numbers = operation.params["dimension_numbers"]
     sizes = operation.params["slice_sizes"]
     operand, indices = given[0], given[1]
+    for pair in zip(
+        numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True
+    ):
+        if only([layout.axes[axis] for layout, axis in zip(given, pair, strict=False)]) is None:
+            return unknown(shape, "two arrangements of the batch meet")
     axes = [plain_axis(size) for size in shape]
     looked_up = [i for i in range(len(shape)) if i not in numbers.offset_dims]
     for target, axis in zip(looked_up, indices.axes[:-1], strict=True):

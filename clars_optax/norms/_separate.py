@@ -5,10 +5,12 @@ every example's results, and the cotangents of what belongs to one example, come
 alone, and if the cotangents of what all share are sums over the examples.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from clars_optax.norms._batch_axes import follow
@@ -49,12 +51,21 @@ def keeps_examples_apart(
     known = dict(zip(program.inputs, entering, strict=True))
     found, _ = follow(program, doubled, known, num_examples)
     summed = _summed(program, found)
-    wanted = [value for value in operation.arguments if value.is_differentiable]
-    return summed is not None and not any(
-        cotangent in summed
-        for value, cotangent in zip(wanted, program.outputs, strict=True)
-        if layouts[value].carries_batch
-    )
+    if summed is None:
+        return False
+    for value, cotangent in zip(
+        (value for value in operation.arguments if value.is_differentiable),
+        program.outputs,
+        strict=True,
+    ):
+        is_sum = cotangent in summed
+        if layouts[value].carries_batch and is_sum:
+            return False
+        # Anything else would be added for every share.
+        is_shared = value.from_params and not layouts[value].carries_batch
+        if is_shared and not is_sum and not _is_zero(cotangent):
+            return False
+    return True
 
 
 def is_linear(operation: Operation) -> bool:
@@ -71,7 +82,8 @@ def is_linear(operation: Operation) -> bool:
         program = _backward(operation, [False] * (num_arguments + num_cotangents))
     except Exception:  # What the function's backward may raise is not known.
         return False
-    return _summed(program, {}, program.inputs[num_arguments:]) is not None
+    summed = _summed(program, {}, program.inputs[num_arguments:])
+    return summed is not None and all(x in summed or _is_zero(x) for x in program.outputs)
 
 
 def has_same_numbers(operation: Operation, twin: Operation) -> bool:
@@ -86,21 +98,22 @@ def has_same_numbers(operation: Operation, twin: Operation) -> bool:
     except Exception:  # What the function's backward may raise is not known.
         return False
     one, two = (
-        set().union(*map(_numbers, (*each.bodies, backward)))
+        sum(map(_numbers, (*each.bodies, backward)), Counter())
         for each, backward in zip((operation, twin), backwards, strict=True)
     )
     # Zeros and ones come and go with axes of length 1.
-    return one <= two and two - one <= {0.0, 1.0}
+    return one <= two and {*(two - one)} <= {0.0, 1.0}
 
 
-def _numbers(program: Program) -> set[Any]:
+def _numbers(program: Program) -> Counter[Any]:
     """The constants of a program: what can be compared of them."""
-    found: set[Any] = set()
+    found: Counter[Any] = Counter()
     for operation in program.operations:
         for value in operation.operands:
             if value.constant is not None:
-                found.add(_number(value.constant))
-        found.update(*map(_numbers, operation.bodies))
+                found[_number(value.constant)] += 1
+        for body in operation.bodies:
+            found.update(_numbers(body))
     return found
 
 
@@ -177,7 +190,11 @@ def _summed(
             others = [value for value in operation.operands if value not in summed]
             if any(value.from_batch for value in others) or not (
                 # Something else that is added would be added for every share.
-                (operation.name in LINEAR and all(map(_is_zero, others)))
+                (
+                    operation.name in LINEAR
+                    and all(map(_is_zero, others))
+                    and all(map(_is_fine, operation.outputs))
+                )
                 or (operation.name in ("dot_general", "mul") and len(found) == 1)
                 or (operation.name == "div" and operation.operands[1] not in summed)
                 or (operation.name == "select_n" and _selects(operation, summed))
@@ -185,8 +202,11 @@ def _summed(
                 return None
             summed.update(operation.outputs)
         elif not _is_local(operation, layouts):
-            if operation.name not in _SUMS or any(
-                layouts[value].carries_batch for value in operation.outputs
+            if (
+                operation.name not in _SUMS
+                or any(layouts[value].carries_batch for value in operation.outputs)
+                or (operation.name == "scatter-add" and not _is_zero(operation.operands[0]))
+                or not all(map(_is_fine, operation.outputs))
             ):
                 return None
             summed.update(operation.outputs)
@@ -197,6 +217,11 @@ def _selects(operation: Operation, summed: Set[Value]) -> bool:
     """Whether a choice is between sums and zeros, whatever the sums are."""
     choice, *cases = operation.operands
     return choice not in summed and all(case in summed or _is_zero(case) for case in cases)
+
+
+def _is_fine(value: Value) -> bool:
+    """Whether rounding to its type is no more than the usual loss of precision."""
+    return value.is_differentiable and jnp.finfo(value.aval.dtype).bits >= 16
 
 
 def _is_zero(value: Value) -> bool:

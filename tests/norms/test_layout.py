@@ -99,6 +99,20 @@ def test_layout_says_where_the_examples_are(case):
     np.testing.assert_array_equal(examples_of(layout), where)
 
 
+def halves_joined(x):
+    return jnp.concatenate([x[: len(x) // 2], x[len(x) // 2 :]], 1)
+
+
+def doubled(x):
+    """Two views, one behind the other."""
+    return jnp.concatenate([x, 2 * x])
+
+
+def order(x):
+    """An order for each example's two views, side by side."""
+    return jnp.repeat(jnp.argsort(x, 1), 2, 0)
+
+
 def pooled(x, window):
     return jax.lax.reduce_window(x, 0.0, jax.lax.add, window, (1, 1), "VALID")
 
@@ -153,6 +167,8 @@ def test_known_layouts(function, axes):
         (lambda x: jnp.roll(x.reshape(-1, 3), 1, 0), "mixed with something else"),
         (lambda x: jnp.sort(x.reshape(-1, 3), 0), "merged with other axes"),
         (lambda x: pooled(x.reshape(-1, 3), (3, 1)), "merged with other axes"),
+        (lambda x: halves_joined(jnp.repeat(x, 2, 0)), "part of the batch"),
+        (lambda x: jnp.take_along_axis(doubled(x), order(x), 1), "two arrangements"),
         (lambda x: jnp.pad(x, ((1, 0), (0, 0), (0, 0))), "padded"),
         (lambda x: jnp.concatenate([x, jnp.ones((1, 2, 3))]), "concatenated with something else"),
         (lambda x: jax.lax.conv(x.T[:1], jnp.ones((1, 2, 1)), (1,), "SAME"), "spatial"),

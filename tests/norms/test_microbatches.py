@@ -56,6 +56,26 @@ def test_same_as_the_whole_batch(options, way):
         assert "scan" in str(jax.make_jaxpr(step_of(**options))(PARAMS, X, Y))
 
 
+@pytest.mark.parametrize("microbatch_size", [1, 2])
+def test_fewer_than_devices_of_a_mesh_with_two_axes(microbatch_size, way):
+    """XLA's partitioner takes such a cut for another one if it knows the place."""
+
+    def loss(table, places, y):
+        return jnp.mean(jnp.sum((table[places].sum(1) - y) ** 2, axis=1))
+
+    places, y = jnp.arange(40).reshape(8, 5) * 7 % 10, normal(3, 8, 4)
+    step = jax.jit(
+        clars_optax.value_and_grad_and_norms(
+            loss, batch_argnums=(1, 2), microbatch_size=microbatch_size
+        )
+    )
+    expected = step(normal(0, 10, 4), places, y)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    table = jax.device_put(normal(0, 10, 4), jax.NamedSharding(mesh, jax.P()))
+    batch = jax.device_put((places, y), jax.NamedSharding(mesh, jax.P("data")))
+    chex.assert_trees_all_close(step(table, *batch), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("microbatch_size", [None, 4])
 def test_no_norms_leave_the_plain_gradient(microbatch_size, way):
     step = jax.jit(step_of(num_norm_examples=0, microbatch_size=microbatch_size))

@@ -278,6 +278,73 @@ def adds_to_the_gradient_of_a_parameter(params, x):
     return mean_loss({"w": decayed(params["w"])}, x)
 
 
+def with_backward(function, backward):
+    """The function, with a backward that takes its arguments and the cotangent."""
+    own = jax.custom_vjp(function)
+    own.defvjp(lambda *args: (function(*args), args), backward)
+    return own
+
+
+with_a_loss_of_its_own = with_backward(lambda h, a: h, lambda r, g: (g, jnp.ones_like(r[1])))
+with_a_gradient_of_its_own = with_backward(lambda w: w, lambda r, g: (0.1 * jnp.sign(r[0]),))
+looked_up_and_decayed = with_backward(
+    lambda w, i: w[i], lambda r, g: ((0.1 * r[0]).at[r[1]].add(g), None)
+)
+rounded_to_integers = with_backward(
+    lambda w: w, lambda r, g: (g.astype(jnp.int32).astype(jnp.float32),)
+)
+rounded_to_eight_bits = with_backward(
+    lambda w: w, lambda r, g: (g.astype(jnp.float8_e4m3fn).astype(jnp.float32),)
+)
+with_numbers_as_the_batch_size = with_backward(
+    lambda x, w: x * w / 6 + 12,
+    lambda r, g: (g * r[1] / 6, (r[0] * g).sum(0) / 6 / len(g) * 12),
+)
+
+
+def adds_a_loss_in_a_backward(params, x):
+    h = with_a_loss_of_its_own(x * params["w"][0], jnp.sum(params["w"] ** 2))
+    return jnp.mean(jnp.sum(h**2, 1))
+
+
+def states_the_gradient_of_a_parameter(params, x):
+    return mean_loss({"w": with_a_gradient_of_its_own(params["w"])}, x)
+
+
+def decays_what_is_looked_up(params, x):
+    places = jnp.arange(x.size).reshape(x.shape)[:, 0] % 2 + jnp.int32(x[:, 0] > 0)
+    return jnp.mean(looked_up_and_decayed(params["w"], places) * x)
+
+
+def rounds_the_gradient_of_a_parameter(params, x):
+    return mean_loss({"w": rounded_to_integers(params["w"])}, x)
+
+
+def rounds_the_gradient_of_a_parameter_to_eight_bits(params, x):
+    return mean_loss({"w": rounded_to_eight_bits(params["w"])}, x)
+
+
+def numbers_as_the_batch_size(params, x):
+    return jnp.mean(with_numbers_as_the_batch_size(x, params["w"][0]) ** 2)
+
+
+def reordered_in_a_branch(params, x):
+    n = len(x)
+    h = jnp.stack([x, 2 * x], 1).reshape(-1, x.shape[1])
+    order = jnp.arange(2 * n).reshape(n, 2).T.reshape(-1)
+    h = jax.lax.cond(jnp.sum(x) > 0, lambda h: h[order], lambda h: h, h)
+    return jnp.mean(h * params["w"][0])
+
+
+def own_entries_for_a_part_of_the_batch(params, x):
+    return jnp.mean((x.reshape(-1, 3, x.shape[1]) + params["w"][:3]) ** 2)
+
+
+def own_entries_that_are_repeated(params, x):
+    w = jnp.broadcast_to(params["w"][:3], (len(x) // 3, 3, x.shape[1]))
+    return jnp.mean((x.reshape(-1, 3, x.shape[1]) + w) ** 2)
+
+
 def sharded_inside(params, x):
     mesh = jax.make_mesh((2,), ("devices",), axis_types=(jax.sharding.AxisType.Auto,))
     layer = jax.shard_map(
@@ -383,6 +450,28 @@ def changes_with_the_batch_size(params, x):
             clips_the_gradient_of_a_parameter_in_a_scan,
             NotImplementedError,
             r"'w'.*`scan.*linear.*after the call",
+        ),
+        *(
+            (loss, NotImplementedError, r"'w'.*`custom_vjp_call.*linear.*after the call")
+            for loss in (
+                states_the_gradient_of_a_parameter,
+                rounds_the_gradient_of_a_parameter,
+                rounds_the_gradient_of_a_parameter_to_eight_bits,
+            )
+        ),
+        (adds_a_loss_in_a_backward, NotImplementedError, r"'w'.*`custom_vjp_call.*alone"),
+        (decays_what_is_looked_up, NotImplementedError, r"'w'.*`custom_vjp_call.*alone"),
+        (
+            numbers_as_the_batch_size,
+            NotImplementedError,
+            r"'w'.*`custom_vjp_call.*number which depends on the batch size",
+        ),
+        (reordered_in_a_branch, NotImplementedError, r"'w'.*`mul`.*cannot be followed"),
+        (own_entries_for_a_part_of_the_batch, ValueError, r"'w'.*`add`.*examples are mixed"),
+        (
+            own_entries_that_are_repeated,
+            ValueError,
+            r"'w'.*`broadcast_in_dim`.*examples are mixed",
         ),
         (
             sharded_inside,

@@ -185,6 +185,33 @@ def test_batch_sharded_over_an_explicit_mesh(options, in_context, sharded_params
         )
 
 
+def test_parameters_on_an_explicit_axis_inside_shard_map_over_another():
+    mesh = jax.make_mesh((4, 2), ("data", "model"))
+    w = jax.device_put(PARAMS["w"], jax.NamedSharding(mesh, jax.P("model")))
+    x = jax.device_put(X, jax.NamedSharding(mesh, jax.P("data")))
+
+    def loss(w, x):
+        return jnp.mean(jnp.sum(jnp.tanh(x @ w) ** 2, axis=1))
+
+    def on_each(w, x):
+        w = jax.lax.pcast(w, "data", to="varying")
+        value, grads, norms = clars_optax.value_and_grad_and_norms(loss)(w, x)
+        return jax.lax.pmean((value, grads), "data"), norms
+
+    out_specs = (jax.P(), jax.P("data"))
+    with jax.set_mesh(mesh):
+        mapped = jax.shard_map(
+            on_each,
+            mesh=mesh,
+            in_specs=(jax.P(), jax.P("data")),
+            out_specs=out_specs,
+            axis_names={"data"},
+        )
+        found = jax.tree.map(np.asarray, jax.jit(mapped)(w, x))
+    value, grads, norms = clars_optax.value_and_grad_and_norms(loss)(PARAMS["w"], X)
+    chex.assert_trees_all_close(found, ((value, grads), norms), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("scale", [1e-8, 1e8])
 def test_scaled_losses(one_device, scale):
     def scaled(*args):
