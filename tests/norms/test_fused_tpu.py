@@ -37,6 +37,9 @@ INTERPRETED = Platform(
 )
 """Its operations and all bytes are free there, so that it is chosen wherever it can be."""
 
+# Words of one entry, and of two.
+DEPTHWISE_KINDS = [("channels inside", "float32"), *((name, "bfloat16") for name in DEPTHWISE)]
+
 
 def rows_of(runs):
     """The rows that runs inside each other copy, and where they copy them to."""
@@ -106,8 +109,7 @@ def test_finds_gradient_and_norms(name, dtype):
 
 
 @pytest.mark.parametrize("chip_bytes", [CHIP_BYTES, None])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", DEPTHWISE)
+@pytest.mark.parametrize(("name", "dtype"), DEPTHWISE_KINDS)
 def test_finds_gradients_of_depthwise_kernels(name, dtype, chip_bytes):
     geometry = DEPTHWISE[name]
     itemsize = jnp.dtype(dtype).itemsize
@@ -238,8 +240,7 @@ def test_compiles_to_what_a_tpu_takes(name, dtype, precision):
     assert lowered_for_a_tpu(*lead).count("tpu_custom_call") == 1
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", DEPTHWISE)
+@pytest.mark.parametrize(("name", "dtype"), DEPTHWISE_KINDS)
 def test_depthwise_kernels_compile_to_what_a_tpu_takes(name, dtype):
     geometry = DEPTHWISE[name]
     run = functools.partial(
