@@ -221,23 +221,21 @@ def _conv(operation: Operation, given: Sequence[Layout]) -> Layout:
     shape = operation.outputs[0].shape
     numbers = operation.params["dimension_numbers"]
     problem = problem_of(given)
+    if problem is not None:
+        return unknown(shape, problem)
     image, kernel = given[0], given[1]
-    if problem is None:
-        axis = _axis_of_groups(operation, image, kernel)
-        if axis is not None:
-            axes = [plain_axis(size) for size in shape]
-            axes[numbers.out_spec[1]] = axis
-            return Layout(tuple(axes))
-    if problem is None and (
+    axes = [plain_axis(size) for size in shape]
+    of_groups = _axis_of_groups(operation, image, kernel)
+    if of_groups is not None:
+        axes[numbers.out_spec[1]] = of_groups
+        return Layout(tuple(axes))
+    if (
         image.batch_axes - {numbers.lhs_spec[0]}
         or kernel.batch_axes - {numbers.rhs_spec[0]}
         or (kernel.carries_batch and operation.params["feature_group_count"] != 1)
         or (image.carries_batch and operation.params["batch_group_count"] != 1)
     ):
-        problem = "a convolution has the batch on its feature or spatial axes"
-    if problem is not None:
-        return unknown(shape, problem)
-    axes = [plain_axis(size) for size in shape]
+        return unknown(shape, "a convolution has the batch on its feature or spatial axes")
     if image.carries_batch:
         axes[numbers.out_spec[0]] = image.axes[numbers.lhs_spec[0]]
     if kernel.carries_batch:

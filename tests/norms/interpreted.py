@@ -55,3 +55,18 @@ def assert_same(found, expected, atol=1e-5):
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=atol), found, expected
     )
+
+
+def unchanged(*found):
+    return found
+
+
+def interpret(monkeypatch, kernels, change=unchanged):
+    """Lets the trials of kernels run in the interpreter, with what is done to their results."""
+    for module, name in kernels:
+        kernel = getattr(module, name)
+
+        def interpreted(*args, kernel=kernel, **options):
+            return change(*kernel(*args, **(options | {"interpret": True})))
+
+        monkeypatch.setattr(module, name, interpreted)

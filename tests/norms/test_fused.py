@@ -25,7 +25,7 @@ from clars_optax.norms._rules import (
     platform,
 )
 from clars_optax.norms._rules._geometry import Geometry, Window
-from tests.norms.interpreted import INTERPRETED, assert_same, network
+from tests.norms.interpreted import INTERPRETED, assert_same, interpret, network
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:The Pallas Triton backend is deprecated:DeprecationWarning"
@@ -360,23 +360,12 @@ KERNELS = [(_kernel, "weight_gradient_and_squares"), (_depthwise, "gradients_of_
 @pytest.fixture
 def trial(monkeypatch):
     """Lets the trials run in the interpreter, with what is done to their results."""
-
-    def run(change=lambda *found: found):
-        for module, name in KERNELS:
-            kernel = getattr(module, name)
-
-            def interpreted(*args, kernel=kernel, **options):
-                found = kernel(*args, **(options | {"interpret": True}))
-                return change(*found)
-
-            monkeypatch.setattr(module, name, interpreted)
-
     # The interpreter takes one program after another.
     monkeypatch.setattr(_kernel, "MULTIPROCESSORS", 4)
     monkeypatch.setattr(_trial, "_NUM_GROUPS", 9)
     monkeypatch.setattr(_trial, "_has_warned", False)
     _trial._error_of.cache_clear()
-    yield run
+    yield functools.partial(interpret, monkeypatch, KERNELS)
     _trial._error_of.cache_clear()
 
 

@@ -25,7 +25,7 @@ from clars_optax.norms._rules._blocks import SIDE, Blocks
 from clars_optax.norms._rules._depthwise_tpu import Bands
 from clars_optax.norms._rules._geometry import Geometry, Window
 from tests.norms.geometries import CHIP_BYTES, DEPTHWISE, GEOMETRIES, draw, pixels_met
-from tests.norms.interpreted import assert_same, conv
+from tests.norms.interpreted import assert_same, conv, interpret
 
 INTERPRETED = Platform(
     *(0.0, 1.0, 2**20),
@@ -327,25 +327,17 @@ def test_leaves_other_depthwise_kernels_to_others(changes, dtype):
     assert not ways(dataclasses.replace(geometry, **changes))
 
 
+KERNELS = [
+    (_kernel_tpu, "weight_gradient_and_squares"),
+    (_depthwise_tpu, "gradients_of_groups"),
+]
+
+
 @pytest.fixture
 def trial(monkeypatch):
     """Lets the trials run in the interpreter, with what is done to their results."""
-
-    def run(change=lambda *found: found):
-        for module, name in (
-            (_kernel_tpu, "weight_gradient_and_squares"),
-            (_depthwise_tpu, "gradients_of_groups"),
-        ):
-            kernel = getattr(module, name)
-            monkeypatch.setattr(
-                *(module, name),
-                lambda *args, kernel=kernel, **options: change(
-                    *kernel(*args, **(options | {"interpret": True}))
-                ),
-            )
-
     _trial._error_of.cache_clear()
-    yield run
+    yield functools.partial(interpret, monkeypatch, KERNELS)
     _trial._error_of.cache_clear()
 
 

@@ -17,6 +17,9 @@ from clars_optax.norms._rules._geometry import Geometry, Window
 LANES = 128
 """Channels of a register."""
 
+ROWS = 8
+"""Rows of one, of 32 bits an entry."""
+
 SIDE = 8
 """Groups of a step."""
 
@@ -181,7 +184,7 @@ class Blocks:
     @property
     def groups(self) -> int:
         """Groups of all steps."""
-        return math.ceil(self.geometry.groups / SIDE) * SIDE
+        return filled(self.geometry.groups, SIDE)
 
     @property
     def chunks(self) -> int:
@@ -216,7 +219,7 @@ class Blocks:
     @property
     def image_rows(self) -> int:
         """Likewise of the images, with all shifts."""
-        return math.ceil((self.cotangent_rows + max(self.offsets)) / 8) * 8
+        return filled(self.cotangent_rows + max(self.offsets), ROWS)
 
     @property
     def offsets(self) -> tuple[int, ...]:
@@ -293,6 +296,11 @@ class Blocks:
         return needed + 8 * self.geometry.taps * self.rows * self.columns
 
 
+def filled(size: float, unit: int) -> int:
+    """How many there are in whole units."""
+    return math.ceil(size / unit) * unit
+
+
 def _steps(window: Window) -> list[tuple[int, int]]:
     """For each tap, how many strides it is from the first one, and the pixels that are left."""
     return [divmod(tap * window.dilation, window.stride) for tap in range(window.taps)]
@@ -320,11 +328,11 @@ def _chunk(geometry: Geometry, axes: Sequence[Axis]) -> int | None:
         return next((uses // n for n in numbers if uses // n <= 2 * _LARGEST_CHUNK), None)
     # A half is a number of whole registers. The unit for products takes as long for any number up
     # to 128, and a chunk more costs about as much.
-    sizes = {math.ceil(uses / n / 16) * 16 for n in range(1, uses // 16 + 2)}
+    sizes = {filled(uses / n, 2 * ROWS) for n in range(1, uses // 16 + 2)}
     return min(
         (size for size in sizes if size <= _LARGEST_CHUNK),
         key=lambda size: (
-            math.ceil(uses / size) * (math.ceil(size / LANES) * LANES + LANES),
+            math.ceil(uses / size) * (filled(size, LANES) + LANES),
             -size,
         ),
     )

@@ -11,20 +11,17 @@ In Pallas, like `_kernel_tpu`, of which all else holds here.
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from clars_optax.norms._rules._blocks import LANES
+from clars_optax.norms._rules._blocks import LANES, ROWS, filled
 from clars_optax.norms._rules._geometry import Geometry, Window
 from clars_optax.norms._rules._kernel import like
 from clars_optax.norms._rules._operands import loop
-
-# Rows of a register.
-_ROWS = 8
 
 # Taps of a row whose sums are in registers at a time.
 _TAPS = 9
@@ -61,8 +58,8 @@ class Bands:
         (row,) = rows or [Window(1, 1, 1)]
         examples, channels = geometry.groups * geometry.images, geometry.blocks
         # As far as its compiler shows, for arrays in two bytes and in four.
-        is_inside = _filled(examples) * _filled(channels, 8) < _filled(channels) * _filled(
-            examples, 8
+        is_inside = filled(examples, LANES) * filled(channels, ROWS) < (
+            filled(channels, LANES) * filled(examples, ROWS)
         )
         found = (
             cls(row, columns, itemsize, is_inside, number) for number in range(1, row.positions + 1)
@@ -77,7 +74,7 @@ class Bands:
     @property
     def side(self) -> int:
         """Examples of a step, or channels where examples lie inside."""
-        return _ROWS * self.entries_of_word
+        return ROWS * self.entries_of_word
 
     @property
     def positions(self) -> int:
@@ -94,17 +91,12 @@ class Bands:
         """What a step needs on the chip: this one's, and what is loaded for the next one."""
         pixels = self.pixels * self.columns.pixels + self.positions * self.columns.positions
         sums = 4 * self.rows.taps * self.columns.taps * self.entries_of_word
-        return 2 * _ROWS * LANES * (4 * pixels + sums)
+        return 2 * ROWS * LANES * (4 * pixels + sums)
 
     def first_pixel(self, step: Any) -> Any:
         """The first row of pixels of a step."""
         first = step * (self.positions * self.rows.stride) - self.rows.padding
         return jnp.clip(first, 0, self.rows.pixels - self.pixels)
-
-
-def _filled(size: int, unit: int = LANES) -> int:
-    """How many there are in whole units."""
-    return math.ceil(size / unit) * unit
 
 
 # A network has the same convolution many times: the kernel is traced for it once.
@@ -166,7 +158,7 @@ def gradients_of_groups(
 
             for first in range(0, columns.taps, _TAPS):
                 taps = range(first, min(first + _TAPS, columns.taps))
-                zeros = [jnp.zeros((_ROWS, LANES), jnp.float32)] * (per_word * len(taps))
+                zeros = [jnp.zeros((ROWS, LANES), jnp.float32)] * (per_word * len(taps))
                 sums = loop(bands.positions, functools.partial(add_row, taps), zeros)
                 for index, (of_tap, part) in enumerate(itertools.product(taps, range(per_word))):
                     sums_ref[tap * columns.taps + of_tap, part] += sums[index]
@@ -194,11 +186,11 @@ def gradients_of_groups(
         ],
         out_specs=[
             pl.BlockSpec(
-                (geometry.taps, per_word, _ROWS, LANES),
+                (geometry.taps, per_word, ROWS, LANES),
                 lambda lane, row, step: (0, 0, row, lane),
             )
         ],
-        out_shape=like(x, [(geometry.taps, per_word, grid[1] * _ROWS, lanes)]),
+        out_shape=like(x, [(geometry.taps, per_word, grid[1] * ROWS, lanes)]),
         interpret=interpret,
         cost_estimate=pl.CostEstimate(
             flops=2 * geometry.groups * geometry.uses * geometry.entries,
@@ -236,39 +228,32 @@ def _of_row(
         return 0 <= columns.pixel(position, tap) < columns.pixels
 
     def add(
-        position: Any, number: int, sums: Sequence[jax.Array], met: Callable[[int], list[int]]
+        position: Any, number: int, sums: Sequence[jax.Array], met: Sequence[int]
     ) -> list[jax.Array]:
-        """Some positions; the taps that each of them has."""
+        """Some positions, and the taps that each of them has."""
         sums = list(sums)
         load = functools.cache(lambda pixel: _entries(x[position * columns.stride + pixel]))
         for index in range(number):
             cotangents = _entries(g[position + index])
-            for tap in met(index):
+            for tap in met:
                 pixels = load(columns.pixel(index, tap))
                 place = (tap - taps[0]) * len(cotangents)
                 for part, (a, c) in enumerate(zip(pixels, cotangents, strict=True)):
                     sums[place + part] += a * c
         return sums
 
-    def at_the_ends(position: int) -> Callable[[int], list[int]]:
-        return lambda _: [tap for tap in taps if is_met(position, tap)]
-
     whole = [p for p in range(columns.positions) if all(is_met(p, tap) for tap in taps)]
     ends = sorted({*range(columns.positions)} - {*whole})
     for position in ends:
-        sums = add(position, 1, sums, at_the_ends(position))
+        sums = add(position, 1, sums, [tap for tap in taps if is_met(position, tap)])
     if not whole:
         return list(sums)
-
-    def every(_: int) -> list[int]:
-        return list(taps)
-
     number = math.ceil(len(whole) / _POSITIONS)
     size = len(whole) // number
     sums = loop(
-        number, lambda index, sums: add(whole[0] + index * size, size, sums, every), list(sums)
+        number, lambda index, sums: add(whole[0] + index * size, size, sums, taps), list(sums)
     )
-    return add(whole[0] + number * size, len(whole) - number * size, sums, every)
+    return add(whole[0] + number * size, len(whole) - number * size, sums, taps)
 
 
 def _entries(words: jax.Array) -> list[jax.Array]:

@@ -1,7 +1,6 @@
 """Fused on a TPU."""
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from clars_optax.norms._rules._blocks import LANES, SIDE, Blocks
+from clars_optax.norms._rules._blocks import LANES, SIDE, Blocks, filled
 from clars_optax.norms._rules._depthwise_tpu import Bands, gradients_of_groups
 from clars_optax.norms._rules._geometry import Geometry
 from clars_optax.norms._rules._guarded import Direct, guarded, guarded_rows
@@ -62,7 +61,7 @@ def fused_on_tpu(
     way = guarded(Kernel(run, ("btdp", "n"), lambda _: 0), placed, geometry, direct, device)
     entries = geometry.taps * blocks.inner * blocks.outer
     # The unit for products takes as long for fewer.
-    uses = blocks.chunks * math.ceil(blocks.chunk / LANES) * LANES
+    uses = blocks.chunks * filled(blocks.chunk, LANES)
 
     def read(entries: int) -> float:
         return device.flops_per_byte * x.dtype.itemsize * blocks.groups * entries

@@ -15,13 +15,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from clars_optax.norms._rules._blocks import LANES, SIDE, Blocks
+from clars_optax.norms._rules._blocks import LANES, ROWS, SIDE, Blocks
 from clars_optax.norms._rules._geometry import Geometry
 from clars_optax.norms._rules._kernel import like
 from clars_optax.norms._rules._operands import Apart, Operand, Tile, Together, loop
-
-# Rows of a register.
-_ROWS = 8
 
 
 # A network has the same convolution many times: the kernel is traced for it once.
@@ -134,10 +131,10 @@ def weight_gradient_and_squares(
                 made = gradients(word, tap, (row_part, column_part))
                 total[tap, row_part, column_part] += sum(made)
                 # Scaled first: the square of a cotangent that holds 1 / N may underflow.
-                more = [jnp.square(one * scale).reshape(-1, _ROWS, blocks.width) for one in made]
+                more = [jnp.square(one * scale).reshape(-1, ROWS, blocks.width) for one in made]
                 return [sum_ + jnp.sum(one, axis=0) for sum_, one in zip(found, more, strict=True)]
 
-            zeros = [jnp.zeros((_ROWS, blocks.width), jnp.float32)] * groups_of_word
+            zeros = [jnp.zeros((ROWS, blocks.width), jnp.float32)] * groups_of_word
             for index, found in enumerate(loop(num_taps * row_parts * column_parts, add, zeros)):
                 lanes = range(0, blocks.width, LANES)
                 squares[0, 0, word * groups_of_word + index] = sum(
@@ -149,7 +146,7 @@ def weight_gradient_and_squares(
     grid = blocks.column_tiles, blocks.row_tiles, blocks.groups // SIDE
     tile = row_parts, column_parts, blocks.height, blocks.width
     total_shape = num_taps, grid[1] * row_parts, grid[0] * column_parts, *tile[2:]
-    squares_shape = *grid[:2], blocks.groups, _ROWS, LANES
+    squares_shape = *grid[:2], blocks.groups, ROWS, LANES
     call = pl.pallas_call(
         kernel,
         grid_spec=tpu.PrefetchScalarGridSpec(
@@ -162,7 +159,7 @@ def weight_gradient_and_squares(
                     lambda column_tile, row_tile, *_: (0, row_tile, column_tile, 0, 0),
                 ),
                 pl.BlockSpec(
-                    (1, 1, SIDE, _ROWS, LANES),
+                    (1, 1, SIDE, ROWS, LANES),
                     lambda column_tile, row_tile, step, _: (column_tile, row_tile, step, 0, 0),
                 ),
             ],

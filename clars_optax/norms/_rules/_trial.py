@@ -4,7 +4,7 @@ import concurrent.futures
 import functools
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -207,10 +207,10 @@ def try_on_tpu(geometry: Geometry, dtype: str, precision: Any, chip_bytes: int) 
         (images, *(window.pixels for window in windows), geometry.inner),
         (images, *(window.positions for window in windows), geometry.outer),
     )
-    patches = [x]
-    for axis, window in enumerate(windows, 2):
-        patches = [met for some in patches for met in _met(some, window, axis)]
-    a = np.stack([some.reshape(groups, geometry.uses, geometry.inner) for some in patches], axis=1)
+    patches = [
+        some.reshape(groups, geometry.uses, geometry.inner) for some in _patches(x, windows, 2)
+    ]
+    a = np.stack(patches, axis=1)
     gradients = a.swapaxes(2, 3) @ g.reshape(groups, 1, geometry.uses, geometry.outer)
     run = functools.partial(
         _kernel_tpu.weight_gradient_and_squares,
@@ -241,11 +241,8 @@ def try_depthwise_on_tpu(geometry: Geometry, dtype: str, bands: Bands) -> None:
         (*(window.pixels for window in windows), channels),
         (*(window.positions for window in windows), channels),
     )
-    patches: Iterator[np.ndarray] = iter([x])
-    for axis, window in enumerate(windows, 1):
-        patches = _met_by_each(patches, window, axis)
     axes = tuple(range(1, g.ndim - 1))
-    gradients = np.stack([np.sum(some * g, axis=axes) for some in patches], axis=1)
+    gradients = np.stack([np.sum(some * g, axis=axes) for some in _patches(x, windows, 1)], axis=1)
     run = functools.partial(
         _depthwise_tpu.gradients_of_groups, geometry, bands=bands, interpret=False
     )
@@ -254,10 +251,13 @@ def try_depthwise_on_tpu(geometry: Geometry, dtype: str, bands: Bands) -> None:
         raise RuntimeError(f"Its results for the depthwise {geometry} in {dtype} are wrong.")
 
 
-def _met_by_each(patches: Iterator[np.ndarray], window: Window, axis: int) -> Iterator[np.ndarray]:
-    """What taps along an axis meet; one after the other, for all of them need much memory."""
-    for some in patches:
-        yield from _met(some, window, axis)
+def _patches(x: np.ndarray, windows: Sequence[Window], axis: int) -> Iterator[np.ndarray]:
+    """For each tap, what it meets along some axes from one on; all at a time need much memory."""
+    if not windows:
+        yield x
+        return
+    for some in _met(x, windows[0], axis):
+        yield from _patches(some, windows[1:], axis + 1)
 
 
 def _finds(gradients: np.ndarray, total: np.ndarray, squares: np.ndarray) -> bool:
