@@ -50,7 +50,8 @@ def checkpoints_of(workdir):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_other_process_ends_with_a_message_and_both_go_on(victim, run, whole, tmp_path):
     processes = run(tmp_path)
-    wait_for_step(5, tmp_path, *processes)
+    # The checkpoint of step 3 is whole before that of step 6 is begun.
+    wait_for_step(7, tmp_path, *processes)
     processes[victim].kill()
     # JAX's own time-out for a process that gives no sign is 100 seconds.
     _, errors = processes[1 - victim].communicate(timeout=200)
