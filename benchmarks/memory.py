@@ -129,7 +129,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__)
     parser.add_argument("--config", default="imagenet-resnet50", choices=CONFIGS)
     parser.add_argument("--device", choices=TARGETS, help="one that is not there; default: ours")
-    parser.add_argument("--image-size", type=int, default=224, help="pixels")
+    parser.add_argument("--image-size", type=int, help="pixels; default: those of the data set")
     parser.add_argument("--batch-size", type=int, default=65_536, help="of the large batch")
     parser.add_argument("--microbatch-size", type=int, default=128, help="examples at a time")
     return parser.parse_args(arguments)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clars_optax._trust_ratio import is_hole, key_names, leaf_name, listed
+from clars_optax._trees import described, is_hole, key_names, leaf_name, listed
 
 
 def check_scalars(**arguments: Any) -> None:
@@ -23,7 +23,7 @@ def check_scalars(**arguments: Any) -> None:
             is_integer = jnp.issubdtype(value.dtype, jnp.integer)
         if not (is_integer or _is_real(value)) or np.shape(value) != ():
             raise TypeError(
-                f"`{name}` is {_described(value)}: expected is a number. Pass a real scalar."
+                f"`{name}` is {described(value)}: expected is a number. Pass a real scalar."
             )
 
 
@@ -41,6 +41,17 @@ def check_non_negative(**arguments: Any) -> None:
             continue
         if math.isnan(number) or number < 0:
             raise ValueError(f"`{name}` is {value}: expected is a number of at least 0.")
+
+
+def check_bools(**arguments: Any) -> None:
+    """Refuses switches that are no booleans: a string is true, and a tracer fails much later.
+
+    Raises:
+      TypeError: as said.
+    """
+    for name, value in arguments.items():
+        if not isinstance(value, bool | np.bool_):
+            raise TypeError(f"`{name}` is {value!r}: expected is True or False.")
 
 
 def check_alike(
@@ -74,7 +85,7 @@ def check_alike(
         for name, value in ((first_name, leaf), (second_name, other)):
             if not _is_real(value):
                 raise TypeError(
-                    f"`{name}` at {leaf_name(path)} is {_described(value)}: expected is a real "
+                    f"`{name}` at {leaf_name(path)} is {described(value)}: expected is a real "
                     "floating-point array. Convert it, or leave it out with `optax.masked`."
                 )
         if np.shape(leaf) != np.shape(other):
@@ -95,7 +106,7 @@ def check_real(name: str, tree: Any) -> None:
 
 
 def checked_mask(argument: str, mask: Any) -> Callable[[Any], Any]:
-    """Makes a mask, in any of the forms that `optax.masked` takes, a function of the tree.
+    """Makes a mask a function of the tree; None masks nothing out, as in Optax.
 
     The function raises:
       TypeError: the mask has other leaves than booleans.
@@ -105,11 +116,13 @@ def checked_mask(argument: str, mask: Any) -> Callable[[Any], Any]:
     def of_tree(tree: Any) -> Any:
         # A model of Equinox may be a tree of booleans and callable all the same.
         leaves = jax.tree.leaves(mask)
+        if mask is None:
+            return jax.tree.map(lambda _: True, tree)
         found = mask(tree) if leaves and all(map(callable, leaves)) else mask
         for path, leaf in jax.tree_util.tree_leaves_with_path(found):
             if not isinstance(leaf, bool | np.bool_):
                 raise TypeError(
-                    f"`{argument}` at {leaf_name(path)} is {_described(leaf)}: expected is a "
+                    f"`{argument}` at {leaf_name(path)} is {described(leaf)}: expected is a "
                     "Python boolean, which does not depend on values."
                 )
         try:
@@ -128,12 +141,6 @@ def checked_mask(argument: str, mask: Any) -> Callable[[Any], Any]:
 def _is_real(x: Any) -> bool:
     dtype = getattr(x, "dtype", None)
     return isinstance(x, float) or (dtype is not None and jnp.issubdtype(dtype, jnp.floating))
-
-
-def _described(x: Any) -> str:
-    if hasattr(x, "dtype"):
-        return f"{x.dtype}{list(np.shape(x))}"
-    return "None" if x is None else f"of type {type(x).__name__}"
 
 
 def _difference(first_name: str, first: Any, second_name: str, second: Any) -> str:

@@ -7,9 +7,16 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from clars_optax._checks import check_alike, check_non_negative, check_scalars, checked_mask
+from clars_optax._checks import (
+    check_alike,
+    check_bools,
+    check_non_negative,
+    check_scalars,
+    checked_mask,
+)
 from clars_optax._default_mask import default_mask
-from clars_optax._trust_ratio import is_hole, match_norms, trust_ratio
+from clars_optax._trees import is_hole
+from clars_optax._trust_ratio import match_norms, trust_ratio
 
 
 def scale_by_clars(
@@ -101,9 +108,9 @@ def scale_by_clars(
             raise ValueError(
                 "`example_grad_norms` is missing: CLARS needs the norms of the per-example "
                 "gradients. Get them from `clars_optax.value_and_grad_and_norms` and call "
-                "`tx.update(grads, state, params, example_grad_norms=norms)`. If you did, a wrapper"
-                " drops extra arguments, as `optax.MultiSteps.gradient_transformation()` and "
-                "`TrainState.apply_gradients` of Flax do."
+                "`tx.update(grads, state, params, example_grad_norms=norms)`. If you did, what "
+                "calls `update` drops extra arguments, as `TrainState.apply_gradients` of Flax "
+                "does, and `optax.chain` where a part takes none."
             )
         live = jax.tree.map(lambda u, p: u if is_hole(u) else p, updates, params, is_leaf=is_hole)
 
@@ -161,10 +168,16 @@ def clars(
 
     **Padded or weighted losses.** With ``loss_reduction="sum"`` on the unnormalised loss, sum
     the gradients, the norms and the weights over micro-batches and devices, then divide all
-    three by the sum of the weights before calling ``update``.
+    three by the sum of the weights before calling ``update``. ``microbatch_size`` has summed
+    gradients over its micro-batches already, and weights belong to the whole batch::
+
+      total = jnp.sum(weights)  # of the batch, not of what the loss gets
+      grads = jax.tree.map(lambda g: g / total, grads)
+      norms = jax.tree.map(lambda n: jnp.sum(n) / total, norms)
 
     **Several devices.** For "mean" losses with equal shards the mean is exact:
-    ``jax.lax.pmean(jax.tree.map(jnp.mean, norms), axis_name)``.
+    ``jax.lax.pmean(jax.tree.map(jnp.mean, norms), axis_name)``. In a ``jax.shard_map``, only the
+    gradient takes parameters marked as varying; ``update`` gets the parameters themselves.
 
     **Changing hyperparameters.** Masks are callables, but no schedules::
 
@@ -173,11 +186,12 @@ def clars(
 
     Args:
       learning_rate: a global factor, fixed or a schedule.
-      momentum: decay rate of the momentum buffer.
+      momentum: decay rate of the momentum buffer, which has the dtype of the parameters.
       nesterov: whether to use Nesterov momentum.
       weight_decay: factor of the parameters that are added to the gradients, fixed or a schedule.
       weight_decay_mask: True where weights decay: a bool, a tree (or a prefix of one) like the
-        parameters, or a callable that returns one given the parameters or the updates.
+        parameters, or a callable that returns one given the parameters or the updates. None:
+        everywhere.
       trust_coefficient: factor of the trust ratio.
       max_trust_ratio: upper bound of the trust ratio.
       eps: added to the mean norm.
@@ -188,8 +202,8 @@ def clars(
       norms as ``example_grad_norms``.
 
     Raises:
-      TypeError, ValueError: as :func:`scale_by_clars`; from ``update`` also if a mask or the state
-        does not fit the parameters.
+      TypeError, ValueError: as :func:`scale_by_clars`, but that a learning rate may have any value;
+        from ``update`` also if a mask or the state does not fit the parameters.
 
     Example:
       >>> import clars_optax
@@ -217,14 +231,16 @@ def clars(
       Huo et al., `Large Batch Training Does Not Need Warmup
       <https://arxiv.org/abs/2002.01576>`_, 2020
     """
-    check_scalars(momentum=momentum)
-    for name, value in (("learning_rate", learning_rate), ("weight_decay", weight_decay)):
-        if not callable(value):
-            check_scalars(**{name: value})
-    if weight_decay_mask is not None:
-        weight_decay_mask = checked_mask("weight_decay_mask", weight_decay_mask)
-    chain = optax.chain(
-        optax.add_decayed_weights(weight_decay, mask=weight_decay_mask),
+    check_non_negative(momentum=momentum)
+    check_bools(nesterov=nesterov)
+    if not callable(learning_rate):
+        check_scalars(learning_rate=learning_rate)
+    if not callable(weight_decay):
+        check_non_negative(weight_decay=weight_decay)
+    parts = (
+        optax.add_decayed_weights(
+            weight_decay, mask=checked_mask("weight_decay_mask", weight_decay_mask)
+        ),
         optax.trace(decay=momentum, nesterov=nesterov),
         optax.masked(
             scale_by_clars(trust_coefficient, max_trust_ratio, eps),
@@ -232,13 +248,14 @@ def clars(
         ),
         optax.scale_by_learning_rate(learning_rate),
     )
+    chain = optax.chain(*parts)
 
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, Any]:
         _check_given(params)
         check_alike("updates", updates, "params", params)
-        check_alike("updates", updates, "state", _momentum_buffer(state))
+        check_alike("updates", updates, "state", _momentum_buffer(state, len(parts)))
         new_updates, new_state = chain.update(updates, state, params, **extra_args)
         # Hyperparameters that are arrays (`inject_hyperparams`) promote bfloat16 leaves, and a
         # state that changes its dtype recompiles the step and cannot be carried by `lax.scan`.
@@ -255,13 +272,15 @@ def _check_given(params: Any) -> None:
         )
 
 
-def _momentum_buffer(state: Any) -> Any:
-    parts = jax.tree.leaves(state, is_leaf=lambda part: isinstance(part, optax.TraceState))
+def _momentum_buffer(state: Any, num_parts: int) -> Any:
+    parts = state if isinstance(state, tuple | list) else ()
     buffers = [part.trace for part in parts if isinstance(part, optax.TraceState)]
-    if len(buffers) != 1:
+    if len(buffers) != 1 or len(parts) != num_parts:
+        names = ", ".join(type(part).__name__ for part in parts)
         raise ValueError(
-            f"`state` is of type {type(state).__name__}, without the momentum of `clars`: pass what"
-            " `tx.init(params)` or the last `tx.update` returned."
+            f"`state` is of type {type(state).__name__} ({names}): expected is that of `clars`, of "
+            f"{num_parts} parts with one momentum. Pass what `tx.init(params)` or the last "
+            "`tx.update` returned."
         )
     return buffers[0]
 

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from clars_optax._trust_ratio import key_names
+from clars_optax._trees import key_names
 
 _NOT_SCALED = ("bias", "scale", "offset", "b")
 

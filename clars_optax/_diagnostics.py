@@ -9,7 +9,8 @@ from jax.typing import ArrayLike
 
 from clars_optax._checks import check_alike, check_non_negative, checked_mask
 from clars_optax._default_mask import default_mask
-from clars_optax._trust_ratio import is_hole, leaf_name, match_norms, trust_ratio
+from clars_optax._trees import is_hole, leaf_name
+from clars_optax._trust_ratio import match_norms, trust_ratio
 
 
 class Diagnostics(NamedTuple):
@@ -120,6 +121,8 @@ def diagnostics(
     check_non_negative(
         trust_coefficient=trust_coefficient, max_trust_ratio=max_trust_ratio, eps=eps
     )
+    if params is None:
+        raise ValueError("`params` is missing: the ratios are those of the parameters. Pass them.")
     check_alike("params", params, "grads", grads, ignore_masked=True)
     vectors = match_norms(params, norms, "norms")
     squares: Any
@@ -156,11 +159,12 @@ def diagnostics(
         small = mean(jnp.mean(square))
         big = jnp.sum(jnp.square(mean(jnp.asarray(grad, jnp.float32))))
         ratio = trust_ratio(param, mean_norm, trust_coefficient, max_trust_ratio, eps)
-        noise_scale = jnp.full((), jnp.nan, jnp.float32)
         if batch_size > group_size:
             noise = (small - big) / (1 / group_size - 1 / batch_size)
             signal = (batch_size * big - group_size * small) / (batch_size - group_size)
             noise_scale = noise / signal
+        else:
+            noise_scale = jnp.full((), jnp.nan, jnp.float32)
         return Diagnostics(
             trust_ratio=ratio if is_scaled else jnp.ones((), jnp.float32),
             variance_factor=small / big,

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from clars_optax._checks import check_real
-from clars_optax._trust_ratio import l2_norm, leaf_name, listed
+from clars_optax._trees import leaf_name, listed
+from clars_optax._trust_ratio import l2_norm
 
 
 def from_example_grads(

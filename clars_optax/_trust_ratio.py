@@ -1,13 +1,13 @@
 """The trust ratio of a leaf, and the norms that belong to each leaf."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.typing import ArrayLike
+
+from clars_optax._trees import described, is_hole, key_names, leaf_name, listed
 
 
 def trust_ratio(
@@ -17,7 +17,15 @@ def trust_ratio(
     max_trust_ratio: ArrayLike,
     eps: ArrayLike,
 ) -> jax.Array:
-    """Computes the ratio of one leaf, a float32 scalar, as in the table of `scale_by_clars`."""
+    """Computes the ratio of one leaf, a float32 scalar, as in the table of `scale_by_clars`.
+
+    Args:
+      param: the leaf, of any shape and floating-point dtype.
+      mean_norm: a scalar, the mean norm of its per-example gradients.
+      trust_coefficient: as there.
+      max_trust_ratio: as there.
+      eps: as there.
+    """
     trust_coefficient, max_trust_ratio, eps, mean_norm = (
         jnp.asarray(x, jnp.float32) for x in (trust_coefficient, max_trust_ratio, eps, mean_norm)
     )
@@ -30,7 +38,12 @@ def trust_ratio(
 
 
 def match_norms(params: Any, norms: Any, argument: str = "example_grad_norms") -> Any:
-    """Returns a tree like `params` of checked vectors or scalars; what is masked stays so."""
+    """Returns a tree like `params` of float32 vectors or scalars; what is masked stays so.
+
+    Raises:
+      TypeError: a norm is not a real floating-point array.
+      ValueError: a leaf has no norm, or one of a wrong shape.
+    """
     treedef: Any
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_hole)
     try:
@@ -42,10 +55,14 @@ def match_norms(params: Any, norms: Any, argument: str = "example_grad_norms") -
         candidates = [by_name.get(key_names(path)) for path, _ in leaves]
     matches = [(path, leaf, norm) for (path, leaf), norm in zip(leaves, candidates, strict=True)]
 
-    missing = [p for p, leaf, norm in matches if not is_hole(leaf) and not is_array(norm)]
+    missing = [
+        leaf_name(path) + ("" if is_hole(norm) else f" (what is there is {described(norm)})")
+        for path, leaf, norm in matches
+        if not (is_hole(leaf) or isinstance(norm, float | int | complex) or hasattr(norm, "dtype"))
+    ]
     if missing:
         raise ValueError(
-            f"`{argument}` has no norm for {listed(map(leaf_name, missing))}. It must be a "
+            f"`{argument}` has no norm for {listed(missing)}. It must be a "
             "tree like `params`, with a vector of norms, or a scalar array, their mean, at each "
             "leaf."
         )
@@ -55,19 +72,14 @@ def match_norms(params: Any, norms: Any, argument: str = "example_grad_norms") -
     )
 
 
-def leaf_name(path: tuple[Any, ...]) -> str:
-    """Says where a leaf is, for error messages."""
-    return jax.tree_util.keystr(path) or "the root"
-
-
 def _checked_norm(norm: Any, name: str) -> jax.Array:
     dtype = norm.dtype if hasattr(norm, "dtype") else jnp.result_type(norm)
-    shape = np.shape(norm)
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(
+        raise TypeError(
             f"{name} has dtype {dtype}: expected are norms, floating-point numbers. Convert them "
             "to float32."
         )
+    shape = np.shape(norm)
     if len(shape) > 1 or 0 in shape:
         raise ValueError(
             f"{name} has shape {shape}: expected is a vector, one norm per example or group, or a "
@@ -80,26 +92,7 @@ def _checked_norm(norm: Any, name: str) -> jax.Array:
 
 
 def l2_norm(x: jax.Array) -> jax.Array:
+    """Computes the norm of an array of any shape in float32, a scalar with a gradient at zero."""
     squares = jnp.sum(jnp.square(jnp.asarray(x, jnp.float32)))
     is_zero = squares == 0  # where the square root has no derivative
     return jnp.where(is_zero, 0.0, jnp.sqrt(jnp.where(is_zero, 1.0, squares)))
-
-
-def is_array(x: Any) -> bool:
-    return hasattr(x, "dtype") or isinstance(x, complex | float | int)
-
-
-def is_hole(node: Any) -> bool:
-    return node is None or isinstance(node, optax.MaskedNode)
-
-
-def key_names(path: tuple[Any, ...]) -> tuple[str, ...]:
-    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
-        path = path[:-1]
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
-
-
-def listed(names: Iterable[str], limit: int = 8) -> str:
-    names = list(names)
-    more = [f"and {len(names) - limit} more"] if len(names) > limit else []
-    return ", ".join(names[:limit] + more)

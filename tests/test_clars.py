@@ -76,6 +76,7 @@ EVERY = tuple(SHAPES)
         ({"weight_decay": 0.3, "weight_decay_mask": True}, {"decay": 0.3, "decays": EVERY}),
         ({"weight_decay": 0.3, "weight_decay_mask": None}, {"decay": 0.3, "decays": EVERY}),
         ({"trust_ratio_mask": True}, {"scaled": EVERY}),
+        ({"trust_ratio_mask": None}, {"scaled": EVERY}),
         ({"trust_ratio_mask": False}, {"scaled": ()}),
         (
             {"trust_ratio_mask": {"kernel": False, "bias": True, "scale": False, "zeros": False}},
@@ -218,8 +219,8 @@ def test_multi_steps_as_a_transformation_drops_the_norms_and_says_so():
     params, batch = network()
     grads, norms = gradient_and_norms(params, batch)
     multi = optax.MultiSteps(clars_optax.clars(1.0), 3).gradient_transformation()
-    tx = optax.with_extra_args_support(multi)
-    with pytest.raises(ValueError, match=r"wrapper drops extra arguments, as `optax\.MultiSteps"):
+    tx = optax.chain(multi)
+    with pytest.raises(ValueError, match=r"drops extra arguments.*`optax\.chain`"):
         tx.update(grads, tx.init(params), params, example_grad_norms=norms)
 
 
@@ -252,9 +253,25 @@ def test_finds_the_minimum_of_a_quadratic():
 
 
 @pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"momentum": -0.9}, ValueError, "`momentum` is -0.9: expected is a number of at least 0"),
+        ({"momentum": math.nan}, ValueError, "`momentum` is nan"),
+        ({"weight_decay": -1e-4}, ValueError, "`weight_decay` is -0.0001"),
+        ({"weight_decay": "0.1"}, TypeError, "`weight_decay` is of type str"),
+        ({"learning_rate": None}, TypeError, "`learning_rate` is None"),
+        ({"nesterov": "no"}, TypeError, "`nesterov` is 'no': expected is True or False"),
+        ({"nesterov": None}, TypeError, "`nesterov` is None"),
+    ],
+)
+def test_options_that_make_no_sense(options, error, message):
+    with pytest.raises(error, match=message):
+        clars_optax.clars(**{"learning_rate": 0.1, **options})
+
+
+@pytest.mark.parametrize(
     ("mask", "error", "message"),
     [
-        (None, ValueError, "does not fit `params`: "),
         ({"other": True}, ValueError, r"only `{}` has \['other'\], only `params` has \['w'\]"),
         ("no", TypeError, "at the root is of type str: expected is a Python boolean"),
         (lambda p: {"w": 1}, TypeError, r"at \['w'\] is of type int: expected is a Python boolean"),
@@ -282,7 +299,7 @@ def test_the_state_of_other_parameters_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             tx.update(params, tx.init(other), params, example_grad_norms=norms)
-    for state in (None, (), optax.EmptyState()):
+    for state in (None, (), optax.EmptyState(), optax.sgd(0.1, 0.9).init(params)):
         with pytest.raises(ValueError, match=r"^`state` is of type .*`tx\.init\(params\)`"):
             tx.update(params, state, params, example_grad_norms=norms)
 

@@ -252,6 +252,17 @@ def test_devices_equal_one(averaged, mapper):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3), result, expected)
 
 
+def test_nothing_but_a_batch_of_one_group_makes_a_nan():
+    w = {"w": np.ones((2, 2), np.float32)}
+    with jax.debug_nans(True):
+        clars_optax.diagnostics(w, w, {"w": np.ones(4, np.float32)}, batch_size=4)
+
+
+def test_no_parameters():
+    with pytest.raises(ValueError, match="`params` is missing"):
+        clars_optax.diagnostics(None, np.ones(2), np.ones(4), batch_size=4)
+
+
 @pytest.mark.parametrize(
     ("norms", "sizes", "message"),
     [

@@ -1,5 +1,6 @@
 """Lint, types, and what the documents promise about each other."""
 
+import doctest
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,15 @@ def test_readme_example_runs(capsys):
     exec(compile(code, "README.md", "exec"), {})
     losses = [float(word) for word in capsys.readouterr().out.split()]
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
+def test_examples_of_the_documents_run(page, monkeypatch, tmp_path):
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    found = doctest.testfile(str(page), module_relative=False, optionflags=doctest.ELLIPSIS)
+    assert found.attempted
+    assert not found.failed
 
 
 def test_public_names_are_those_of_the_package():

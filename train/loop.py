@@ -211,7 +211,7 @@ class _Run:
         self._checkpoints.wait()
         raise RunError(
             f"interrupted after step {self.step} of {self._prepared.num_steps}, of which there is "
-            f"a checkpoint. {self._remedy}",
+            f"a checkpoint. Go on with {self._same_command}.",
             self._interruption.exit_code,
         )
 
@@ -225,16 +225,21 @@ class _Run:
             self._save()
         self._checkpoints.wait()
         there_is = f", and there is a checkpoint of step {before}" if before else ""
+        pass_over = (
+            "--on-nonfinite skip"
+            if self._config.on_nonfinite == "stop"
+            else f"--max-nonfinite-steps above {self._config.max_nonfinite_steps}"
+        )
         raise RunError(
             f"step {self.step} is not finite: {problem}. Nothing of it was kept{there_is}. Look at "
-            "the data and the learning rate; with --on-nonfinite skip such steps are passed over. "
-            f"{self._remedy}"
+            "the data and the learning rate, of which another needs a new run. To try the step "
+            f"again, start {self._same_command}; to pass over it, add {pass_over}."
         )
 
     @property
-    def _remedy(self) -> str:
+    def _same_command(self) -> str:
         option = f" and --workdir {self._prepared.workdir}" if self._config.workdir is None else ""
-        return f"Go on with the same command{option}."
+        return f"the same command{option}"
 
 
 def _over_processes(number: int) -> int:

@@ -3,6 +3,8 @@
 import math
 import re
 
+import numpy as np
+
 from train.build import network_of, optimizer_of, schedule_of
 from train.config import Config
 from train.data import Dataset
@@ -10,6 +12,8 @@ from train.text import listed
 
 # More than anybody's; it keeps the number of steps in range.
 MOST_EPOCHS = 1_000_000
+# In float32, in which steps are taken.
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 def validate(config: Config, dataset: Dataset, num_devices: int, num_processes: int = 1) -> None:
@@ -68,8 +72,8 @@ def validate(config: Config, dataset: Dataset, num_devices: int, num_processes: 
         "0.9 is usual",
         momentum=config.momentum,
         norm_momentum=config.norm_momentum,
-        ema_decay=config.ema_decay,
     )
+    _below_one("0.999 is usual", ema_decay=config.ema_decay)
     _below_one(
         "0.1 is usual",
         dropout_rate=config.dropout_rate,
@@ -83,10 +87,10 @@ def validate(config: Config, dataset: Dataset, num_devices: int, num_processes: 
             f"{config.optimizer}, only for {listed(config.learning_rates, 'or')}. Give one, for a "
             "batch of 256 examples."
         )
-    if not math.isfinite(config.peak_learning_rate):
+    if config.peak_learning_rate > _LARGEST:
         raise ValueError(
-            f"--learning-rate is {config.base_learning_rate:g}, which is infinite for a batch of "
-            f"{config.batch_size}: lower it."
+            f"--learning-rate is {config.base_learning_rate:g}, which for a batch of "
+            f"{config.batch_size} is infinite in float32: lower it."
         )
     _validate_warmup(config)
     _validate_sizes(config, num_devices)
@@ -238,18 +242,19 @@ def _option(name: str) -> str:
 
 def _at_least(minimum: int, **options: float | None) -> None:
     for name, value in options.items():
-        if value is not None and not (math.isfinite(value) and value >= minimum):
+        if value is not None and not minimum <= value <= _LARGEST:
             raise ValueError(
-                f"{_option(name)} is {value:g}, but must be a finite number of at least {minimum}: "
-                "change it."
+                f"{_option(name)} is {value:g}, but must be from {minimum} to "
+                f"{_LARGEST:.1e}: change it."
             )
 
 
 def _positive(**options: float | None) -> None:
     for name, value in options.items():
-        if value is not None and not (math.isfinite(value) and value > 0):
+        if value is not None and not 0 < value <= _LARGEST:
             raise ValueError(
-                f"{_option(name)} is {value:g}, but must be a finite number above 0: change it."
+                f"{_option(name)} is {value:g}, but must be above 0 and at most "
+                f"{_LARGEST:.1e}: change it."
             )
 
 

@@ -80,7 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="Writes tables and pictures of a study into its folder.",
     )
     parser.add_argument("folder", type=Path, help="holds runs.csv")
-    write(parser.parse_args(arguments).folder)
+    folder = parser.parse_args(arguments).folder
+    write(folder)
+    print(folder / "report.md")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,8 @@ class Settings:
         for name in ("argnums", "batch_argnums"):
             if not _as_tuple(getattr(self, name)):
                 raise ValueError(f"{name} is empty: name at least one positional argument.")
+        if not isinstance(self.has_aux, bool | np.bool_):
+            raise TypeError(f"has_aux must be True or False, got {self.has_aux!r}.")
         for name in ("group_size", "num_norm_examples", "microbatch_size"):
             size = getattr(self, name)
             if size is None and name != "group_size":
@@ -101,12 +103,14 @@ class Settings:
         """
         if num_examples == 0:
             raise ValueError("The batch is empty: its arguments have length 0 on axis 0.")
-        for name in ("group_size", "microbatch_size"):
+        for name, unit in (("group_size", 1), ("microbatch_size", self.group_size)):
             size = getattr(self, name)
             if size is not None and num_examples % size:
+                near = [n for n in range(unit, num_examples + 1, unit) if num_examples % n == 0]
+                near = sorted(sorted(near, key=lambda n: abs(n - size))[:8])
                 raise ValueError(
                     f"{name}={size} does not divide the batch of {num_examples} examples; "
-                    f"{_divisors(num_examples)} would."
+                    f"{', '.join(map(str, near))} would."
                 )
         if self.num_norm_examples is None:
             return num_examples
@@ -133,10 +137,6 @@ def _is_integer(x: Any) -> bool:
 
 def _as_tuple(positions: Any) -> tuple[Any, ...]:
     return tuple(positions) if isinstance(positions, (tuple, list)) else (positions,)
-
-
-def _divisors(number: int) -> str:
-    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
 
 
 def paths(args: Sequence[Any], positions: Sequence[int]) -> list[str]:
@@ -226,7 +226,8 @@ def check_keys(args: Sequence[Any], kwargs: dict[str, Any], positions: Positions
             raise TypeError(
                 f"{path} is of type {type(leaf).__name__}{shape}, but with microbatch_size every "
                 "leaf of the rng_argnums is a single random key. Split keys inside of loss_fn, and "
-                "take what is no key out of rng_argnums."
+                "take what is no key out of rng_argnums, of a Flax NNX module by nnx.split(model, "
+                "nnx.Param, nnx.RngKey, ...)."
             )
     named = {*positions.batch, *positions.rng}
     others = [index for index in range(len(args)) if index not in named]

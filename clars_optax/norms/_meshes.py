@@ -26,8 +26,9 @@ def specs(tree: Any) -> Any:
     """How the arrays in a tree, or their types, are sharded."""
 
     def spec(leaf: Any) -> PartitionSpec:
+        is_type = isinstance(leaf, jax.ShapeDtypeStruct)
         # Where the mesh is empty, the type of an array has no sharding to speak of.
-        sharding = jax.typeof(leaf).sharding if isinstance(leaf, jax.Array) else leaf.sharding
+        sharding = leaf.sharding if is_type else jax.typeof(leaf).sharding
         return PartitionSpec() if sharding is None else sharding.spec
 
     return jax.tree.map(spec, tree)

@@ -36,7 +36,7 @@ def accumulate(
     Args:
       one_batch: What to do with a micro-batch.
       aux_axes: The axis of each auxiliary leaf that carries the batch; None where it is to be
-      averaged.
+        averaged.
       keys: Trees of random keys; each key is folded with the micro-batch's index.
       batch: The leaves of the whole batch.
       num_norms: Of how many examples, from the first, norms are asked for.

@@ -92,9 +92,10 @@ NOT_LINEAR = Obstacle(
 )
 AFTER_THE_MEAN = Obstacle(
     ValueError,
-    "the parameter meets a value that is reduced over the batch, other than by addition, so "
-    "that it has no per-example gradient. Apply it to each example before the mean; a term of the "
-    "loss, add with `+`.",
+    "the parameter meets a value that is reduced over the batch, other than by addition, or that "
+    "is of some fixed examples of it, as `x[0]` is, so that it has no per-example gradient. Apply "
+    "it to each example before the mean; a term of the loss, add with `+`; cut the batch before "
+    "the call.",
 )
 ONE_FOR_ALL = Obstacle(
     NotImplementedError,

@@ -167,10 +167,10 @@ class Program:
         is_param = [index < num_params for index in range(len(jaxpr.jaxpr.invars))]
         return cls(jaxpr, from_params=is_param, from_batch=[not x for x in is_param])
 
-    def _inline(self, closed: ClosedJaxpr, inputs: Sequence[Value]) -> list[Value]:
-        jaxpr = closed.jaxpr
+    def _inline(self, function: ClosedJaxpr, inputs: Sequence[Value]) -> list[Value]:
+        jaxpr = function.jaxpr
         values: dict[Any, Value] = dict(zip(jaxpr.invars, inputs, strict=True))
-        for variable, constant in zip(jaxpr.constvars, closed.consts, strict=True):
+        for variable, constant in zip(jaxpr.constvars, function.consts, strict=True):
             values[variable] = Value(variable.aval, constant=constant)
 
         def read(atom: Any) -> Value:
@@ -182,7 +182,7 @@ class Program:
             operands = [read(atom) for atom in equation.invars]
             if equation.primitive.name in _INLINED:
                 body = equation.params[_INLINED[equation.primitive.name]]
-                outputs: Sequence[Value] = self._inline(_closed(body), operands)
+                outputs: Sequence[Value] = self._inline(closed(body), operands)
                 named = zip(equation.outvars, outputs, strict=True)
                 values.update(named)
                 continue
@@ -216,7 +216,7 @@ def _bodies(equation: JaxprEqn, operands: Sequence[Value]) -> tuple[Program, ...
     from_batch = [value.from_batch for value in entering]
     while True:
         programs = tuple(
-            Program(_closed(jaxpr), from_params=from_params, from_batch=from_batch)
+            Program(closed(jaxpr), from_params=from_params, from_batch=from_batch)
             for jaxpr in (jaxprs if isinstance(jaxprs, tuple) else (jaxprs,))
         )
         before = [*from_params, *from_batch]
@@ -236,7 +236,7 @@ def _carried(equation: JaxprEqn) -> range:
     """
     if equation.primitive.name != "scan":
         return range(0)
-    body = _closed(equation.params["jaxpr"]).jaxpr
+    body = closed(equation.params["jaxpr"]).jaxpr
 
     def num_sliced(outside: Sequence[Any], inside: Sequence[Any]) -> int:
         return sum(
@@ -248,7 +248,8 @@ def _carried(equation: JaxprEqn) -> range:
     return range(stop - num_carried, stop)
 
 
-def _closed(jaxpr: ClosedJaxpr | Jaxpr) -> ClosedJaxpr:
+def closed(jaxpr: ClosedJaxpr | Jaxpr) -> ClosedJaxpr:
+    """The body of an equation: some are held with their constants, some have none."""
     return jaxpr if isinstance(jaxpr, ClosedJaxpr) else ClosedJaxpr(jaxpr, ())
 
 

@@ -5,13 +5,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from clars_optax.norms._arguments import is_key
 from clars_optax.norms._batch_axes import follow
 from clars_optax.norms._layout import leading
 from clars_optax.norms._match import match
 from clars_optax.norms._obstacles import Obstacle
 from clars_optax.norms._plan import Plan
-from clars_optax.norms._program import Operation, Program
+from clars_optax.norms._program import Operation, Program, closed
 from clars_optax.norms._rows import Rows
 from clars_optax.norms._scope import Scope
 from clars_optax.norms._separate import has_same_numbers
@@ -72,8 +74,16 @@ def make_plan(
 
 
 @contextmanager
-def explained(num_examples: int, other: int) -> Iterator[None]:
+def explained(
+    num_examples: int, other: int, attempt: Callable[[int], object] | None = None
+) -> Iterator[None]:
     """Says why a loss that works with the batch is run with another number of examples.
+
+    Args:
+      num_examples: in the batch.
+      other: the other number.
+      attempt: runs the loss with so many, where it is not known yet to work with the batch. What it
+        raises then is no matter of the number.
 
     Raises:
       ValueError: in the place of what is raised inside.
@@ -81,6 +91,8 @@ def explained(num_examples: int, other: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if attempt is not None:
+            attempt(num_examples)
         raise ValueError(
             f"loss_fn works with the batch of {num_examples} examples, but not with {other}, "
             "which the norms and micro-batches need. It probably closes over arrays or numbers "
@@ -96,6 +108,32 @@ def _trace(loss_fn: Loss, params: Sequence[Any], batch: Sequence[Any]) -> Progra
         return [value, *aux]
 
     return Program.of_loss(jax.make_jaxpr(flat)(list(params), batch), len(params))
+
+
+def refuse_shared_keys(loss: ClosedJaxpr) -> None:
+    """Refuses random keys that a loss closes over: all micro-batches would share them.
+
+    Raises:
+      ValueError: as said.
+    """
+    key = next(filter(is_key, _constants(loss)), None)
+    if key is not None:
+        raise ValueError(
+            f"loss_fn closes over a random key, or what looks like one, {key.dtype}"
+            f"{list(key.shape)}: with microbatch_size, all micro-batches would draw the same "
+            "numbers from it. Pass it in an argument of its own and name that in rng_argnums: every"
+            " micro-batch then gets a key of its own. What all examples are to share, draw before "
+            "the call. Convert what is no key to int32."
+        )
+
+
+def _constants(function: ClosedJaxpr) -> Iterator[Any]:
+    """What a function closes over, and the functions that it calls."""
+    yield from function.consts
+    for equation in function.jaxpr.eqns:
+        for body in jax.tree.leaves(list(equation.params.values())):
+            if isinstance(body, ClosedJaxpr | Jaxpr):
+                yield from _constants(closed(body))
 
 
 def _first_line(error: Exception) -> str:

@@ -13,7 +13,7 @@ from clars_optax.norms import _arguments
 from clars_optax.norms._meshes import explicit_mesh, specs, with_automatic_axes
 from clars_optax.norms._microbatches import Result, accumulate, find_aux_axes
 from clars_optax.norms._one_batch import check_sum_of_microbatches, one_batch
-from clars_optax.norms._trace import explained, resized
+from clars_optax.norms._trace import explained, refuse_shared_keys, resized
 
 
 def value_and_grad_and_norms(
@@ -64,7 +64,7 @@ def value_and_grad_and_norms(
     Works under `jit`, with arrays that are sharded over automatic or explicit axes of a mesh (the
     loss then sees automatic ones, with `has_aux` also the explicit ones, and must not close over
     sharded arrays), under `vmap`, `pmap` and
-    inside `jax.shard_map`, where the parameters must be marked as varying
+    inside `jax.shard_map`, where the parameters that it gets must be marked as varying
     (`jax.lax.pcast(params, axis_name, to="varying")`) unless it has `check_vma=False`. Over devices
     with equal shares of a batch, `jax.lax.pmean(jax.tree.map(jnp.mean, norms), axis_name)` is exact
     for "mean" losses.
@@ -72,7 +72,7 @@ def value_and_grad_and_norms(
     Args:
       loss_fn: Returns a scalar loss, or a pair of a loss and auxiliary data with `has_aux`.
       argnums: The positional argument(s) to differentiate with respect to, trees of real
-      floating-point arrays.
+        floating-point arrays.
       has_aux: Whether `loss_fn` returns a pair of loss and auxiliary data.
       batch_argnums: The positional argument(s) that carry the examples, on axis 0 of every leaf.
       rng_argnums: The positional argument(s) that are random keys, or trees of them. With
@@ -87,13 +87,14 @@ def value_and_grad_and_norms(
         norms of some micro-batches.
       microbatch_size: Number of examples m that are worked on at a time, a multiple of `group_size`
         that divides the number of examples. None: all at once. BatchNorm statistics, and so the
-        :math:`g_i`, are then those of the micro-batches. The results are those of the whole batch:
-        this is the way to accumulate gradients (`optax.MultiSteps` hands only the last mini-step's
-        norms on). On a CPU, where XLA's loops are slow, they are unrolled, which takes its time to
-        compile.
+        :math:`g_i`, are then those of the micro-batches. Value, gradient and norms are those of the
+        whole batch: this is the way to accumulate gradients (`optax.MultiSteps` hands only the last
+        mini-step's norms on). On a CPU, where XLA's loops are slow, they are unrolled, which takes
+        its time to compile.
       loss_reduction: Whether the loss is the "mean" over the examples, with equal weights, or their
         "sum". For a padded or weighted loss use "sum" on the unnormalised loss; sum gradients,
-        norms and weights over devices, and divide all three by the sum of the weights.
+        norms and weights over devices, and divide all three by the sum of the weights, those of the
+        whole batch: a sum that `loss_fn` returns as auxiliary data is averaged over micro-batches.
       method: "auto" uses the fastest way that is exact; "generic" has no special rule for any kind
         of layer: slow, and the check on the rules.
 
@@ -154,10 +155,11 @@ def value_and_grad_and_norms(
             return of_args(*args, **kwargs)
 
         def aux() -> Any:
-            everything = jax.tree.map(lambda leaf: leaf, args)
-            return _value_and_aux(loss_fn(*everything, **kwargs), has_aux)[1]
+            return _value_and_aux(loss_fn(*_rebuilt(args), **kwargs), has_aux)[1]
 
-        params = tuple(args[i] for i in settings.positions(len(args)).params)
+        positions = settings.positions(len(args))
+        _arguments.check_params(args, positions.params)
+        params = tuple(args[i] for i in positions.params)
         value: Any = PartitionSpec()
         if has_aux:
             value = value, specs(jax.eval_shape(aux))
@@ -182,8 +184,7 @@ def value_and_grad_and_norms(
         def loss_of_leaves(
             keys: Sequence[Any], params: Sequence[Any], batch: Sequence[Any]
         ) -> tuple[Any, list[Any]]:
-            # Rebuilt inside the trace: variables of Flax NNX know in which trace they were made.
-            everything = list(jax.tree.map(lambda leaf: leaf, args))
+            everything = _rebuilt(args)
             for where, values in (
                 (positions.rng, keys),
                 (positions.params, jax.tree.unflatten(treedef, params)),
@@ -212,11 +213,17 @@ def value_and_grad_and_norms(
                 check_sum_of_microbatches(loss, params, paths, resized(batch, max(size, 2)))
             # What was forgotten in batch_argnums would fit a batch as large as it, and one example.
             sizes = [size, 2 * size, 3 * size] if 2 * size == num_examples else [size, 2 * size]
-            types = []
+
+            def trace(n: int) -> tuple[Any, Any]:
+                make = jax.make_jaxpr(loss_of_leaves, return_shape=True)
+                return make(keys, params, resized(batch, n))
+
+            traces = []
             for n in sizes:
-                with explained(num_examples, n) if n != num_examples else nullcontext():
-                    types.append(jax.eval_shape(loss_of_leaves, keys, params, resized(batch, n))[1])
-            one, two = types[:2]
+                with explained(num_examples, n, trace) if n != num_examples else nullcontext():
+                    traces.append(trace(n))
+            refuse_shared_keys(traces[0][0])
+            one, two = (types for _, (_, types) in traces[:2])
             aux_paths = [
                 f"aux{jax.tree_util.keystr(path)}"
                 for path, _ in jax.tree_util.tree_leaves_with_path(
@@ -242,6 +249,11 @@ def value_and_grad_and_norms(
         return value, grads, norms
 
     return step
+
+
+def _rebuilt(args: Sequence[Any]) -> list[Any]:
+    """The arguments for a trace: variables of Flax NNX know in which one they were made."""
+    return [jax.tree.map(lambda leaf: leaf, arg) for arg in args]
 
 
 def _value_and_aux(returned: Any, has_aux: bool) -> tuple[Any, Any]:

@@ -175,8 +175,9 @@ def test_run_stops_with_the_state_before_and_goes_on_from_it(config, tmp_path, m
 
     assert str(error.value) == (
         "step 4 is not finite: the norms of head/kernel. Nothing of it was kept, and there is "
-        "a checkpoint of step 3. Look at the data and the learning rate; with --on-nonfinite "
-        "skip such steps are passed over. Go on with the same command."
+        "a checkpoint of step 3. Look at the data and the learning rate, of which another "
+        "needs a new run. To try the step again, start the same command; to pass over it, add "
+        "--on-nonfinite skip."
     )
     assert error.value.exit_code == 1
     with Checkpoints(config.workdir / CHECKPOINTS) as checkpoints:
@@ -203,7 +204,8 @@ def test_steps_are_passed_over_and_counted(config, monkeypatch):
 def test_too_many_in_a_row_end_the_run(config, monkeypatch):
     poison(monkeypatch, [2, 3, 4])
 
-    with pytest.raises(RunError, match=r"step 4 is not finite: .* a checkpoint of step 3\."):
+    text = r"step 4 is not finite: .* a checkpoint of step 3\. .* --max-nonfinite-steps above 2\."
+    with pytest.raises(RunError, match=text):
         run(dataclasses.replace(config, on_nonfinite="skip", max_nonfinite_steps=2))
 
 

@@ -44,6 +44,7 @@ def loss_fn(params, batch):
             ValueError,
             r"loss_reduction must be one of .*, got array",
         ),
+        ({"has_aux": "no"}, TypeError, "has_aux must be True or False, got 'no'"),
         ({"method": "fast"}, ValueError, r"method must be one of .*'generic'.*'fast'"),
     ],
     ids=str,
@@ -108,6 +109,28 @@ def test_keys_that_micro_batches_would_share(key):
         step(PARAMS, BATCH, {"dropout": key})
 
 
+@pytest.mark.parametrize("is_inside", [False, True])
+@pytest.mark.parametrize("key", [jax.random.key(0), jax.random.PRNGKey(0)], ids=["typed", "raw"])
+def test_keys_that_a_loss_closes_over(key, is_inside):
+    def drop(x):
+        return x * jax.random.bernoulli(key, 0.5, x.shape)
+
+    def loss(params, batch):
+        return loss_fn(params, {**batch, "x": (jax.jit(drop) if is_inside else drop)(batch["x"])})
+
+    clars_optax.value_and_grad_and_norms(loss)(PARAMS, BATCH)
+    step = clars_optax.value_and_grad_and_norms(loss, microbatch_size=3)
+    with pytest.raises(ValueError, match=r"closes over a random key.*rng_argnums"):
+        step(PARAMS, BATCH)
+
+
+def test_divisors_that_would_do_are_near_and_whole_groups():
+    batch = {"x": jnp.ones((720, 4)), "y": jnp.ones((720, 3))}
+    step = clars_optax.value_and_grad_and_norms(loss_fn, group_size=4, microbatch_size=28)
+    with pytest.raises(ValueError, match=r"720 examples; 8, 12, 16, 20, 24, 36, 40, 48 would"):
+        step(PARAMS, batch)
+
+
 @pytest.mark.parametrize("leaf", [np.array(list("abcdef")), np.array([None] * 6), np.longdouble(1)])
 @pytest.mark.parametrize("position", [0, 1])
 def test_leaves_that_jax_cannot_hold(leaf, position):
@@ -162,9 +185,18 @@ def test_arrays_of_raw_keys_are_keys():
         (lambda p, b: (b["x"][0], 0), True, r"scalar, got float32\[4\]\."),
     ],
 )
-def test_what_the_loss_returns(loss, has_aux, message):
+@pytest.mark.parametrize("size", [None, 2])
+def test_what_the_loss_returns(loss, has_aux, message, size):
+    step = clars_optax.value_and_grad_and_norms(loss, has_aux=has_aux, microbatch_size=size)
     with pytest.raises(TypeError, match=message):
-        clars_optax.value_and_grad_and_norms(loss, has_aux=has_aux)(PARAMS, BATCH)
+        step(PARAMS, BATCH)
+
+
+@pytest.mark.parametrize("size", [None, 2])
+def test_what_a_loss_raises_is_raised(size):
+    step = clars_optax.value_and_grad_and_norms(lambda p, b: p["no"], microbatch_size=size)
+    with pytest.raises(KeyError, match="no"):
+        step(PARAMS, BATCH)
 
 
 def test_several_arguments():

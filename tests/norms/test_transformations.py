@@ -185,6 +185,21 @@ def test_batch_sharded_over_an_explicit_mesh(options, in_context, sharded_params
         )
 
 
+def test_parameters_of_numpy_beside_a_batch_on_an_explicit_mesh():
+    params = {**jax.tree.map(np.asarray, PARAMS), "shift": 0.5}
+
+    def loss(params, x, y):
+        return batch_norm_loss(None)(params, x, y) + jnp.mean(x * params["shift"])
+
+    expected = step_of(loss)(params, X, Y)
+    mesh = jax.make_mesh((8,), ("devices",))
+    x, y = jax.device_put((X, Y), jax.NamedSharding(mesh, jax.P("devices")))
+    for context in (contextlib.nullcontext(), jax.set_mesh(mesh)):
+        with context:
+            found = jax.tree.map(np.asarray, step_of(loss)(params, x, y))
+        chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_parameters_on_an_explicit_axis_inside_shard_map_over_another():
     mesh = jax.make_mesh((4, 2), ("data", "model"))
     w = jax.device_put(PARAMS["w"], jax.NamedSharding(mesh, jax.P("model")))

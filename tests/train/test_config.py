@@ -144,31 +144,35 @@ def test_more_norm_examples_than_examples():
 )
 def test_sizes_below_one(name):
     assert message(**{name: 0}) == (
-        f"--{name.replace('_', '-')} is 0, but must be a finite number of at least 1: change it."
+        f"--{name.replace('_', '-')} is 0, but must be from 1 to 3.4e+38: change it."
     )
 
 
 @pytest.mark.parametrize("name", ["seed", "weight_decay", "warmup_epochs", "end_learning_rate"])
 def test_negative_numbers(name):
     assert message(**{name: -1}) == (
-        f"--{name.replace('_', '-')} is -1, but must be a finite number of at least 0: change it."
+        f"--{name.replace('_', '-')} is -1, but must be from 0 to 3.4e+38: change it."
     )
 
 
-@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [0.0, 1e39, float("nan"), float("inf")])
 @pytest.mark.parametrize(
     "name", ["epochs", "eval_epochs", "learning_rate", "trust_coefficient", "max_trust_ratio"]
 )
 def test_numbers_that_must_be_positive(name, value):
     assert message(**{name: value}) == (
-        f"--{name.replace('_', '-')} is {value:g}, but must be a finite number above 0: change it."
+        f"--{name.replace('_', '-')} is {value:g}, but must be above 0 and at most 3.4e+38: "
+        "change it."
     )
 
 
-@pytest.mark.parametrize("name", ["momentum", "norm_momentum", "ema_decay"])
-def test_decay_rate_of_one(name):
+@pytest.mark.parametrize(
+    ("name", "usual"), [("momentum", 0.9), ("norm_momentum", 0.9), ("ema_decay", 0.999)]
+)
+def test_decay_rate_of_one(name, usual):
     assert message(**{name: 1.0}) == (
-        f"--{name.replace('_', '-')} is 1, but must be at least 0 and less than 1: 0.9 is usual."
+        f"--{name.replace('_', '-')} is 1, but must be at least 0 and less than 1: {usual} is "
+        "usual."
     )
 
 
@@ -201,8 +205,8 @@ def test_norms_for_an_optimizer_that_needs_none(name, value):
 
 
 def test_numbers_out_of_all_proportion():
-    assert "--epochs is 1e+308, but must be at most 1,000,000" in message(epochs=1e308)
-    assert "--learning-rate is 1e+308, which is infinite" in message(learning_rate=1e308)
+    assert "--epochs is 1e+38, but must be at most 1,000,000" in message(epochs=1e38)
+    assert "--learning-rate is 3e+38, which for a batch of" in message(learning_rate=3e38)
     assert "--decay-epochs is inf" in message(decay_epochs=(1.0, float("inf")))
 
 
