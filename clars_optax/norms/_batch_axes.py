@@ -9,6 +9,7 @@ the next must lie the same way before and after.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from clars_optax.norms._layout import (
     Factor,
@@ -113,7 +114,8 @@ def _reconcile(
             mixed = f"the batch is mixed with something else on axis {index}"
             return unknown(shape, A_PART if is_slice else mixed)
         axes[index] = (Factor(size, 1),)
-    return Layout(tuple(axes))
+    found = Layout(tuple(axes))
+    return replace(found, is_part=layout.is_part and not found.carries_batch)
 
 
 def _inside(
@@ -131,7 +133,7 @@ def _inside(
         if walks_through_the_batch(operation, given, pairs):
             return None
         stop = carried.stop
-        entering[stop:] = [Layout(x.axes[1:], x.problem) for x in entering[stop:]]
+        entering[stop:] = [replace(x, axes=x.axes[1:]) for x in entering[stop:]]
     while True:
         layouts: dict[Value, Layout] = {}
         for body in operation.bodies:
@@ -166,8 +168,8 @@ def _agreed(one: Layout, other: Layout, value: Value, sources: tuple[Value, Valu
       value: what takes its place.
       sources: what the layouts are of.
     """
-    if one == other:
-        return one
+    if (one.axes, one.problem) == (other.axes, other.problem):
+        return replace(one, is_part=one.is_part or other.is_part)
     if one.problem is None and other.problem is None:
         return unknown(value.shape, "two arrangements of the batch meet")
     for layout, source in zip((one, other), sources, strict=True):
@@ -186,6 +188,6 @@ def _leaving(operation: Operation, inside: Mapping[Value, Layout]) -> list[Layou
         for other in others:
             layout = _agreed(layout, inside[other], value, (first, other))
         if operation.kind == "scan" and position >= len(operation.carried):
-            layout = Layout((plain_axis(value.shape[0]), *layout.axes), layout.problem)
+            layout = replace(layout, axes=(plain_axis(value.shape[0]), *layout.axes))
         layouts.append(layout)
     return layouts

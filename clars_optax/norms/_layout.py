@@ -28,10 +28,18 @@ Axis = tuple[Factor, ...]
 
 @dataclass(frozen=True)
 class Layout:
-    """The factors of every axis. With a `problem`, how the batch lies in the array is not known."""
+    """The factors of every axis.
+
+    Attributes:
+      axes: the factors, by axis.
+      problem: why it is not known how the batch lies in the array; else None.
+      is_part: whether the array has no batch, but a fixed part of it, as `x[0]` is, or what is made
+        of one.
+    """
 
     axes: tuple[Axis, ...]
     problem: str | None = None
+    is_part: bool = False
 
     @property
     def batch_factors(self) -> list[Factor]:

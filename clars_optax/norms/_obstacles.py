@@ -17,8 +17,9 @@ _LOCAL = ELEMENTWISE | frozenset(
 
 LINEAR = frozenset(
     """
-    add add_any broadcast_in_dim convert_element_type copy name neg pbroadcast pcast psum psum2
-    psum_invariant pvary reduce_sum reshape sharding_constraint squeeze sub transpose
+    add add_any broadcast_in_dim concatenate convert_element_type copy name neg pbroadcast pcast
+    psum psum2 psum_invariant pvary reduce_sum reshape sharding_constraint slice squeeze stack sub
+    transpose
     """.split()
 )
 """Linear, whatever is constant: a sum with a term of parameters alone may pass through on its way
@@ -94,8 +95,15 @@ AFTER_THE_MEAN = Obstacle(
     ValueError,
     "the parameter meets a value that is reduced over the batch, other than by addition, or that "
     "is of some fixed examples of it, as `x[0]` is, so that it has no per-example gradient. Apply "
-    "it to each example before the mean; a term of the loss, add with `+`; cut the batch before "
-    "the call.",
+    "it to each example before the mean; a term of the loss, add with `+` at the end; cut the "
+    "batch before the call.",
+)
+A_FIXED_PART = Obstacle(
+    ValueError,
+    "the parameter meets a fixed part of the batch, as `x[0]` is: it is not defined whether the "
+    "copies of those examples would be used, or those of all. Apply it to the whole batch, and "
+    "take the part of the result; what all examples share, pass in an argument outside of "
+    "batch_argnums.",
 )
 ONE_FOR_ALL = Obstacle(
     NotImplementedError,
@@ -129,7 +137,8 @@ def find_obstacle(
     if any(v.from_params and v not in pairs for v in (*operation.operands, *operation.outputs)):
         return TRACED_DIFFERENTLY
     if not any(layout.carries_batch for layout in every):
-        return None
+        is_met = any(layouts[x].is_part and not x.from_params for x in operation.operands)
+        return A_FIXED_PART if is_met else None
     if operation.name == "scan":
         # One whose steps are not the examples is a nested program.
         return None if _is_map(operation, operands) else OVER_THE_BATCH
@@ -199,7 +208,17 @@ def _mixes(operation: Operation, layouts: Sequence[Layout], outputs: Sequence[La
     if name == "concatenate":
         return any(params["dimension"] in carried for carried in axes)
     if name == "gather":
-        return bool(axes[0])
+        numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+        pairs = dict(
+            zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True)
+        )
+        whole = {i for i, size in enumerate(operation.operands[0].shape) if sizes[i] == size}
+        return any(
+            layouts[0].axes[axis] != layouts[1].axes[pairs[axis]]
+            if axis in pairs
+            else axes[1] or axis in numbers.collapsed_slice_dims or axis not in whole
+            for axis in axes[0]
+        )
     if name == "pad":
         return any(params["padding_config"][axis] != (0, 0, 0) for axis in axes[0])
     if name.startswith("reduce_") and "axes" in params:
@@ -212,6 +231,8 @@ def is_additive(operation: Operation) -> bool:
     reached = [value.from_batch or value.from_params for value in operation.operands]
     return (
         operation.name in LINEAR
-        or (operation.name == "mul" and sum(reached) == 1)
+        or (operation.name in ("dot_general", "mul") and sum(reached) == 1)
         or (operation.name == "div" and reached == [True, False])
+        # As `jnp.where(jnp.isfinite(loss), loss, 0)` does: what is chosen is a sum.
+        or (operation.name == "select_n" and not operation.operands[0].from_params)
     )

@@ -24,16 +24,22 @@ def _concatenate(operation: Operation, given: Sequence[Layout]) -> Layout:
     if _is_rolled(operation, given):
         # The examples in another order: the sizes say so if it is all of them.
         return unbatched(shape)
-    problem = problem_of(given)
+    known = [
+        layout
+        for value, layout in zip(operation.operands, given, strict=True)
+        # One entry each that the loss made itself, as the indices in `x[jnp.arange(len(x)), k]`,
+        # lies as what it is put beside.
+        if layout.problem is None or value.from_batch or value.shape[along] != 1
+    ]
+    problem = problem_of(known or given)
     if problem is not None:
         return unknown(shape, problem)
     axes: list[Axis] = []
     for index, size in enumerate(shape):
-        parts = [layout.axes[index] for layout in given]
         if index == along:
-            axis = _joined(parts)
+            axis = _joined([layout.axes[index] for layout in given])
         else:
-            axis = only(parts)
+            axis = only([layout.axes[index] for layout in known])
             axis = plain_axis(size) if axis == () else axis
         if axis is None:
             return unknown(shape, "examples are concatenated with something else")
@@ -166,9 +172,9 @@ def _updated(operation: Operation, given: Sequence[Layout]) -> Layout:
 
 
 def _scattered(operation: Operation, given: Sequence[Layout]) -> Layout:
-    target, indices = operation.operands[:2]
+    indices = operation.operands[1]
     axes = operation.params["dimension_numbers"].scatter_dims_to_operand_dims
-    if not target.from_batch and any(
+    if any(
         axis in given[0].batch_axes and _component(indices, position).from_batch
         for position, axis in enumerate(axes)
     ):
@@ -238,13 +244,14 @@ PARTS: dict[str, Callable[[Operation, Sequence[Layout]], Layout]] = {
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
     "dynamic_update_slice": _updated,
-    "scatter": _scattered,
-    "scatter-add": _scattered,
-    "scatter_add": _scattered,
-    "scatter-mul": _scattered,
-    "scatter_mul": _scattered,
     "pad": _pad,
     "rev": _rev,
     "gather": _gather,
+    "scatter": _scattered,
+    **{
+        f"scatter{sign}{kind}": _scattered
+        for kind in ("add", "sub", "mul", "min", "max")
+        for sign in "-_"
+    },
 }
 """By the name of the primitive, what lays its one result."""

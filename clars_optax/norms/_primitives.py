@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from clars_optax.norms._along import along
 from clars_optax.norms._layout import (
@@ -21,12 +22,13 @@ Rule = Callable[[Operation, Sequence[Layout]], Layout]
 
 ELEMENTWISE = frozenset(
     """
-    abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp complex conj
-    convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor
-    ge gt igamma igammac imag integer_pow is_finite le lgamma log log1p log2 logistic lt max min mul
-    name ne neg nextafter not one_minus_square or polygamma polynomial pow real reduce_precision rem
-    round rsqrt select_n sharding_constraint shift_left shift_right_arithmetic shift_right_logical
-    sign sin sinh sqrt square stop_gradient sub tan tanh xor zeta
+    abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp
+    complex conj convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2
+    expm1 floor ge gt igamma igamma_grad_a igammac imag integer_pow is_finite le lgamma log log1p
+    log2 logistic lt max min mul name ne neg nextafter not one_minus_square or polygamma polynomial
+    pow real reduce_precision regularized_incomplete_beta rem round rsqrt select_n
+    sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt
+    square stop_gradient sub tan tanh xor zeta
     """.split()
 )
 """Primitives whose result at a position depends on their operands at that position (or on
@@ -51,8 +53,22 @@ def _rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
+_CUTS = frozenset("approx_top_k dynamic_slice gather slice split top_k".split())
+"""Primitives that may take some entries of an axis."""
+
+
 def propagate(operation: Operation, given: Sequence[Layout]) -> list[Layout]:
     """The layouts of an operation's results, from those of its operands."""
+    is_part = any(layout.is_part for layout in given) or (
+        operation.name in _CUTS and given[0].carries_batch
+    )
+    return [
+        replace(layout, is_part=is_part and not layout.carries_batch)
+        for layout in _propagated(operation, given)
+    ]
+
+
+def _propagated(operation: Operation, given: Sequence[Layout]) -> list[Layout]:
     if not operation.outputs:
         # It is there for its effect, as `jax.debug.print` is.
         return []

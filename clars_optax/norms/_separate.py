@@ -5,6 +5,7 @@ every example's results, and the cotangents of what belongs to one example, come
 alone, and if the cotangents of what all share are sums over the examples.
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
@@ -122,7 +123,9 @@ def _number(constant: Any) -> Any:
     if isinstance(constant, jax.core.Tracer) or jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
         return id(constant)
     if np.ndim(constant) == 0:
-        return float(np.real(constant))
+        number = float(np.real(constant))
+        # NaN, which `jnp.var` holds, is not equal to itself.
+        return "nan" if math.isnan(number) else number
     return np.shape(constant), np.asarray(constant).tobytes()
 
 

@@ -97,7 +97,9 @@ def explained(
             f"loss_fn works with the batch of {num_examples} examples, but not with {other}, "
             "which the norms and micro-batches need. It probably closes over arrays or numbers "
             "that depend on the batch size: pass the arrays in arguments of their own, named in "
-            "batch_argnums, and take sizes from the arrays' shapes. The error was: "
+            "batch_argnums, and take sizes from the arrays' shapes. Of these, the first axis alone "
+            "is the batch: what has it on two, as the distances of all examples, make inside. The "
+            "error was: "
             f"{_first_line(error)}"
         ) from error
 

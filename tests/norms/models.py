@@ -77,6 +77,17 @@ def batch_merged_with_time():
 
 
 @model
+def picked_from_the_batch_merged_with_time():
+    def loss(p, x):
+        n, t, d = x.shape
+        h = jax.scipy.special.i0e(x.reshape(n * t, d))
+        picked = h[jnp.arange(n * t), h.argmax(-1)]
+        return squared((picked[:, None] * p["s"]).reshape(n, -1))
+
+    return Model(loss, {"s": normal(3, 5)}, normal(2, NUM_EXAMPLES, 3, 4))
+
+
+@model
 def time_merged_with_batch():
     def loss(p, x):
         n, t, d = x.shape

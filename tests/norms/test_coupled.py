@@ -241,6 +241,20 @@ def shuffled_batch_statistics():
 
 
 @coupled
+def differences_from_a_part_of_the_batch():
+    def of(h):
+        return jnp.mean((h @ h[:2].T) ** 2) + jnp.mean(h[1] * h)
+
+    def loss(params, x):
+        return of(apply(params, x - x[0]))
+
+    def of_copies(copies, x):
+        return of(jax.vmap(apply)(copies, x - x[0]))
+
+    return loss, of_copies
+
+
+@coupled
 def associative_scan_over_the_batch():
     def of(h):
         return jnp.mean(jax.lax.associative_scan(jnp.add, h) ** 2)

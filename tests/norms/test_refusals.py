@@ -79,6 +79,51 @@ def summed_by_segments_as_many_as_examples(params, x):
     return jnp.mean((sums @ params["w"]) ** 2)
 
 
+def put_into_slots(put, slots_of=lambda x: jnp.ones_like(x)):
+    def loss(params, x):
+        segments = jnp.int32(x[:, 0] > 0)
+        return jnp.mean(jnp.tanh(put(slots_of(x).at[segments], x) @ params["w"])[segments] ** 2)
+
+    return loss
+
+
+SLOTS = [
+    put_into_slots(lambda at, x: at.max(x)),
+    put_into_slots(lambda at, x: at.min(x)),
+    put_into_slots(lambda at, x: at.subtract(x)),
+    put_into_slots(lambda at, x: at.add(x), lambda x: 0 * x),
+]
+
+
+def put_into_slots_in_a_loop(params, x):
+    segments = jnp.int32(x[:, 0] > 0)
+    slots = jax.lax.fori_loop(0, 2, lambda _, slots: slots.at[segments].add(x), jnp.zeros_like(x))
+    return jnp.mean(jnp.tanh(slots @ params["w"])[segments] ** 2)
+
+
+def of_a_part(part, layer=lambda x, w: jnp.tanh(x @ w)):
+    def loss(params, x):
+        return jnp.mean((layer(x, params["w"]) - layer(part(x), params["w"]).mean(0)) ** 2)
+
+    return loss
+
+
+def layer_in_a_loop(x, w):
+    return jax.lax.scan(lambda h, _: (jnp.tanh(h @ w), None), x, None, length=2)[0]
+
+
+PARTS = [
+    of_a_part(lambda x: x[:1]),
+    of_a_part(lambda x: x[0][None]),
+    of_a_part(lambda x: x[jnp.array([1, 3])]),
+    of_a_part(lambda x: x[jax.random.randint(jax.random.key(0), (2,), 0, len(x))] / 2),
+    of_a_part(lambda x: jax.lax.top_k(x.T, 2)[0].T),
+    of_a_part(lambda x: jnp.split(x, [2])[0]),
+    of_a_part(lambda x: x[:2], jax.checkpoint(lambda x, w: jnp.tanh(x @ w))),
+    of_a_part(lambda x: x[:2], layer_in_a_loop),
+]
+
+
 def put_into_slots_as_many_as_examples(params, x):
     slots = jnp.cumsum(x[:, 0] > 0) % x.shape[0]
     experts = jnp.int32(x[:, 1] > 0)
@@ -460,6 +505,11 @@ def changes_with_the_batch_size(params, x):
             NotImplementedError,
             "'w'.*where something is put depends on the batch",
         ),
+        *(
+            (loss, NotImplementedError, "'w'.*where something is put depends on the batch")
+            for loss in (*SLOTS, put_into_slots_in_a_loop)
+        ),
+        *((loss, ValueError, r"'w'.*fixed part of the batch.*outside of batch") for loss in PARTS),
         (one_result_for_all, NotImplementedError, "'w'.*`custom_vjp_call.*from two functions"),
         (map_over_batches, NotImplementedError, r"'w'.*`scan.*jax\.lax\.map without batch_size"),
         (solve, NotImplementedError, r"'w'.*`triangular_solve`.*not supported"),

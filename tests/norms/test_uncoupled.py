@@ -86,6 +86,26 @@ def test_parameters_that_meet_complex_values(use):
     chex.assert_trees_all_close(grad, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "add",
+    [
+        lambda loss, penalty: jnp.stack([loss, penalty]).sum(),
+        lambda loss, penalty: jnp.array([loss, penalty]) @ jnp.array([1.0, 0.5]),
+        lambda loss, penalty: jnp.concatenate([loss[None], penalty[None]])[0] + penalty,
+        lambda loss, penalty: jnp.where(jnp.isfinite(loss + penalty), loss + penalty, 0.0),
+        lambda loss, penalty: jnp.nan_to_num(loss + penalty),
+    ],
+)
+def test_terms_of_parameters_come_in_any_linear_way(add):
+    def loss(w, x):
+        return add(jnp.mean((x @ w) ** 2), jnp.sum(w**2))
+
+    w = jax.random.normal(jax.random.key(0), (4,))
+    x = jax.random.normal(jax.random.key(1), (NUM_EXAMPLES, 4))
+    grad, expected = expect_vmap_of_grad(loss, w, x)
+    chex.assert_trees_all_close(grad, expected, rtol=1e-5)
+
+
 def test_parameters_without_entries():
     def loss(p, x):
         wide = jnp.concatenate([x @ p["in"], x], axis=1)
