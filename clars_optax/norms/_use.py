@@ -51,6 +51,14 @@ class Use:
                     changed["shape"] = shape
                 case "reshape":
                     changed["new_sizes"] = shape
+                case "gather":
+                    sizes = self.operation.params["slice_sizes"]
+                    whole = self.operation.operands[0].shape
+                    here = self.layouts[0].local_shape(examples)
+                    changed["slice_sizes"] = tuple(
+                        part if size == full else size
+                        for size, full, part in zip(sizes, whole, here, strict=True)
+                    )
                 case "scan" if any(layout.carries_batch for layout in self.layouts):
                     # That of `jax.lax.map` over the examples.
                     changed["length"] = examples

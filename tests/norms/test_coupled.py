@@ -241,6 +241,23 @@ def shuffled_batch_statistics():
 
 
 @coupled
+def columns_of_scaled_ghost_means():
+    order = jnp.array([2, 0, 1])
+
+    def of(x, scale):
+        halves = x.reshape(2, -1, 4)
+        return jnp.mean(jnp.tanh(halves[..., :3] + (halves.mean(0) * scale)[..., order]) ** 3)
+
+    def loss(params, x):
+        return of(x, params["b"][:4])
+
+    def of_copies(copies, x):
+        return of(x, copies["b"][:, :4].reshape(2, -1, 4))
+
+    return loss, of_copies
+
+
+@coupled
 def differences_from_a_part_of_the_batch():
     def of(h):
         return jnp.mean((h @ h[:2].T) ** 2) + jnp.mean(h[1] * h)
