@@ -255,4 +255,5 @@ def is_key(leaf: Any) -> bool:
 
 
 def _raw_key_shape() -> tuple[int, ...]:
-    return jax.eval_shape(jax.random.PRNGKey, 0).shape
+    # Of a new function: JAX remembers the types of one that it knows, whatever kind of key is set.
+    return jax.eval_shape(lambda: jax.random.PRNGKey(0)).shape

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from clars_optax.norms._layout import Layout
-from clars_optax.norms._obstacles import A_FIXED_PART, Obstacle, not_followed
+from clars_optax.norms._obstacles import Obstacle, not_followed
 from clars_optax.norms._primitives import COLLECTIVES
 from clars_optax.norms._program import Operation, Program, Value
 from clars_optax.norms._rows import Rows
@@ -131,10 +131,6 @@ class Nested:
     def find_obstacle(self) -> Obstacle | None:
         """Why values with shadows cannot enter or leave the bodies."""
         inputs = self.operation.bodies[0].inputs
-        for outside, inside in zip(self.operation.entering, inputs, strict=True):
-            # Inside of a scan, what starts as a part of the batch becomes one of parameters.
-            if self._layouts[outside].is_part and inside.from_params and not outside.from_params:
-                return A_FIXED_PART
         entering = [v for v, roots in zip(inputs, self._entering, strict=True) if roots]
         for value in (*entering, *self.roots_of_outputs()):
             problem = self._layouts[value].problem

@@ -136,9 +136,9 @@ def find_obstacle(
         return EXCHANGED
     if any(v.from_params and v not in pairs for v in (*operation.operands, *operation.outputs)):
         return TRACED_DIFFERENTLY
+    meets_part = any(layouts[x].is_part and x.from_batch for x in operation.operands)
     if not any(layout.carries_batch for layout in every):
-        is_met = any(layouts[x].is_part and not x.from_params for x in operation.operands)
-        return A_FIXED_PART if is_met else None
+        return A_FIXED_PART if meets_part else None
     if operation.name == "scan":
         # One whose steps are not the examples is a nested program.
         return None if _is_map(operation, operands) else OVER_THE_BATCH
@@ -148,6 +148,8 @@ def find_obstacle(
     if any(layout.is_crossed for layout in every):
         return TWO_BATCH_AXES
     if operation.name == "custom_vjp_call":
+        if meets_part:
+            return A_FIXED_PART
         # Whether it mixes examples is for `_separate` to say.
         return None
     if operation.name == "shard_map":
@@ -233,6 +235,14 @@ def is_additive(operation: Operation) -> bool:
         operation.name in LINEAR
         or (operation.name in ("dot_general", "mul") and sum(reached) == 1)
         or (operation.name == "div" and reached == [True, False])
-        # As `jnp.where(jnp.isfinite(loss), loss, 0)` does: what is chosen is a sum.
-        or (operation.name == "select_n" and not operation.operands[0].from_params)
+        or (operation.name == "select_n" and _chooses_sums(operation))
     )
+
+
+def _chooses_sums(operation: Operation) -> bool:
+    """Whether the batch does not decide over terms of parameters alone.
+
+    It may over the loss with all its terms, as in `jnp.where(jnp.isfinite(loss), loss, 0)`.
+    """
+    choice, *cases = operation.operands
+    return not choice.from_batch or all(x.from_batch or not x.from_params for x in cases)

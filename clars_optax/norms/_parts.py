@@ -172,10 +172,13 @@ def _updated(operation: Operation, given: Sequence[Layout]) -> Layout:
 
 
 def _scattered(operation: Operation, given: Sequence[Layout]) -> Layout:
-    indices = operation.operands[1]
+    target, indices = operation.operands[:2]
     axes = operation.params["dimension_numbers"].scatter_dims_to_operand_dims
     if any(
-        axis in given[0].batch_axes and _component(indices, position).from_batch
+        axis in given[0].batch_axes
+        and _component(indices, position).from_batch
+        # Of a batch that is merged with other axes, the size is no coincidence.
+        and not (target.from_batch and len(given[0].axes[axis]) > 1)
         for position, axis in enumerate(axes)
     ):
         # Slots or segments, of which there happen to be as many as examples.

@@ -15,7 +15,7 @@ from clars_optax.norms._layout import (
     unbatched,
     unknown,
 )
-from clars_optax.norms._parts import PARTS, split
+from clars_optax.norms._parts import A_PART, PARTS, split
 from clars_optax.norms._program import Operation, Value
 
 Rule = Callable[[Operation, Sequence[Layout]], Layout]
@@ -53,19 +53,39 @@ def _rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-_CUTS = frozenset("approx_top_k dynamic_slice gather slice split top_k".split())
+_CUTS = frozenset("dynamic_slice gather slice split".split())
 """Primitives that may take some entries of an axis."""
 
 
 def propagate(operation: Operation, given: Sequence[Layout]) -> list[Layout]:
     """The layouts of an operation's results, from those of its operands."""
-    is_part = any(layout.is_part for layout in given) or (
-        operation.name in _CUTS and given[0].carries_batch
+    is_part = any(layout.is_part or layout.problem == A_PART for layout in given) or (
+        operation.name in _CUTS
+        and given[0].carries_batch
+        # Of a sorted batch, it is a statistic, as a maximum is.
+        and not _is_sorted(operation.operands[0])
     )
     return [
         replace(layout, is_part=is_part and not layout.carries_batch)
         for layout in _propagated(operation, given)
     ]
+
+
+def _is_sorted(value: Value) -> bool:
+    """Whether a value is made of a sorted one, entry by entry."""
+    pending, seen = [value], {value}
+    while pending:
+        value = pending.pop()
+        producer = value.producer
+        if producer is None:
+            continue
+        if producer.name == "sort":
+            return True
+        if producer.name in ELEMENTWISE:
+            sources = {x for x in producer.operands if x.shape == value.shape} - seen
+            seen |= sources
+            pending += sources
+    return False
 
 
 def _propagated(operation: Operation, given: Sequence[Layout]) -> list[Layout]:

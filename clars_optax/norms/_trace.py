@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from clars_optax.norms._arguments import is_key
 from clars_optax.norms._batch_axes import follow
@@ -130,12 +130,19 @@ def refuse_shared_keys(loss: ClosedJaxpr) -> None:
 
 
 def _constants(function: ClosedJaxpr) -> Iterator[Any]:
-    """What a function closes over, and the functions that it calls."""
-    yield from function.consts
-    for equation in function.jaxpr.eqns:
+    """What a function's results come from of what it closes over, and the functions in it."""
+    jaxpr = function.jaxpr
+    needed = {atom for atom in jaxpr.outvars if not isinstance(atom, Literal)}
+    for equation in reversed(jaxpr.eqns):
+        if needed.isdisjoint(equation.outvars):
+            continue
+        needed.update(atom for atom in equation.invars if not isinstance(atom, Literal))
         for body in jax.tree.leaves(list(equation.params.values())):
             if isinstance(body, ClosedJaxpr | Jaxpr):
                 yield from _constants(closed(body))
+    for variable, constant in zip(jaxpr.constvars, function.consts, strict=True):
+        if variable in needed:
+            yield constant
 
 
 def _first_line(error: Exception) -> str:

@@ -88,6 +88,30 @@ def picked_from_the_batch_merged_with_time():
 
 
 @model
+def parts_of_what_the_loss_makes():
+    def loss(p, x):
+        n, t, _ = x.shape
+        places = jnp.broadcast_to(jnp.arange(t), (n, t))
+        mask = places[:, :, None] >= places[:, None, :]
+        weights = jax.nn.softmax(jnp.where(mask[0], p["w"], -9.0))
+        return squared(jnp.tanh(weights @ x + p["places"][places[0]]))
+
+    params = {"w": normal(0, 3, 3), "places": normal(1, 3, 4)}
+    return Model(loss, params, normal(2, NUM_EXAMPLES, 3, 4))
+
+
+@model
+def written_to_the_batch_merged_with_time():
+    def loss(p, x):
+        n, t, d = x.shape
+        places = jnp.arange(n) * t + jnp.argmax(x[..., 0], axis=1)
+        h = (x.reshape(n * t, d) @ p["w"]).at[places].set(0.5)
+        return squared((h @ p["v"]).reshape(n, -1))
+
+    return Model(loss, {"w": normal(0, 4, 5), "v": normal(1, 5, 2)}, normal(2, NUM_EXAMPLES, 3, 4))
+
+
+@model
 def time_merged_with_batch():
     def loss(p, x):
         n, t, d = x.shape

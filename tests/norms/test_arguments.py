@@ -12,6 +12,9 @@ PARAMS = {"w": normal(0, 4, 3)}
 BATCH = {"x": normal(1, 6, 4), "y": normal(2, 6, 3)}
 
 
+RAW_KEY = jax.random.PRNGKey(0)
+
+
 def loss_fn(params, batch):
     return jnp.mean((batch["x"] @ params["w"] - batch["y"]) ** 2)
 
@@ -122,6 +125,14 @@ def test_keys_that_a_loss_closes_over(key, is_inside):
     step = clars_optax.value_and_grad_and_norms(loss, microbatch_size=3)
     with pytest.raises(ValueError, match=r"closes over a random key.*rng_argnums"):
         step(PARAMS, BATCH)
+
+
+def test_keys_that_reach_nothing_may_be_closed_over():
+    def loss(params, batch):
+        jax.random.split(jax.random.wrap_key_data(RAW_KEY))
+        return loss_fn(params, batch)
+
+    clars_optax.value_and_grad_and_norms(loss, microbatch_size=3)(PARAMS, BATCH)
 
 
 def test_divisors_that_would_do_are_near_and_whole_groups():

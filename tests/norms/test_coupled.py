@@ -258,6 +258,20 @@ def columns_of_scaled_ghost_means():
 
 
 @coupled
+def order_statistics():
+    def of(x, scale):
+        return jnp.mean(jnp.tanh(x - scale * jnp.median(x, axis=0)) ** 3)
+
+    def loss(params, x):
+        return of(x, params["b"][:4])
+
+    def of_copies(copies, x):
+        return of(x, copies["b"][:, :4])
+
+    return loss, of_copies
+
+
+@coupled
 def differences_from_a_part_of_the_batch():
     def of(h):
         return jnp.mean((h @ h[:2].T) ** 2) + jnp.mean(h[1] * h)

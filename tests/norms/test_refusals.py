@@ -117,11 +117,40 @@ PARTS = [
     of_a_part(lambda x: x[0][None]),
     of_a_part(lambda x: x[jnp.array([1, 3])]),
     of_a_part(lambda x: x[jax.random.randint(jax.random.key(0), (2,), 0, len(x))] / 2),
-    of_a_part(lambda x: jax.lax.top_k(x.T, 2)[0].T),
     of_a_part(lambda x: jnp.split(x, [2])[0]),
     of_a_part(lambda x: x[:2], jax.checkpoint(lambda x, w: jnp.tanh(x @ w))),
     of_a_part(lambda x: x[:2], layer_in_a_loop),
 ]
+
+
+def prototypes(params, x):
+    """Of what another layer gives, the part; of its own results it would be no matter."""
+    h = jnp.tanh(x @ params["w"])
+    return jnp.mean((jnp.tanh(h @ params["w"]) @ jnp.tanh(h[:2] @ params["w"]).T) ** 2)
+
+
+def recurrent_from_a_part(params, x):
+    return jnp.mean((x * layer_in_a_loop((x @ params["w"])[0], params["w"])) ** 2)
+
+
+def scaled_by_an_entry(params, x):
+    return jnp.mean((x * (params["t"] * x[jnp.int32(0), 1])) ** 2)
+
+
+def scaled_by_a_mean_of_half(params, x):
+    return jnp.mean((x * (params["t"] * x[: len(x) // 2].mean())) ** 2)
+
+
+PARTS += [prototypes, recurrent_from_a_part, scaled_by_an_entry, scaled_by_a_mean_of_half]
+
+
+def term_that_the_batch_chooses(params, x):
+    return mean_loss(params, x) + jnp.where(x.mean() > 0, params["t"], 0.0)
+
+
+def loss_or_penalty(params, x):
+    value, penalty = mean_loss(params, x), params["t"] ** 2
+    return jnp.where(value > penalty, value, penalty)
 
 
 def put_into_slots_as_many_as_examples(params, x):
@@ -228,6 +257,15 @@ def shifted_by_the_first(x, scale):
 
 def running_sum_over_the_examples(params, x):
     return jnp.mean(shifted_by_the_first(x, params["w"][0]) ** 3)
+
+
+@own_derivative
+def plus_scaled(x, part, scale):
+    return x + part * scale
+
+
+def shifted_by_a_part(params, x):
+    return jnp.mean(plus_scaled(x, x[0], params["w"][0]) ** 3)
 
 
 @own_derivative
@@ -509,7 +547,10 @@ def changes_with_the_batch_size(params, x):
             (loss, NotImplementedError, "'w'.*where something is put depends on the batch")
             for loss in (*SLOTS, put_into_slots_in_a_loop)
         ),
-        *((loss, ValueError, r"'w'.*fixed part of the batch.*outside of batch") for loss in PARTS),
+        *((loss, ValueError, r"'[wt]'.*fixed part of the batch.*outside of b") for loss in PARTS),
+        (shifted_by_a_part, ValueError, "'w'.*`custom_vjp_call.*fixed part of the batch"),
+        (term_that_the_batch_chooses, ValueError, "'t'.*`select_n`.*before the mean"),
+        (loss_or_penalty, ValueError, "'t'.*`select_n`.*before the mean"),
         (one_result_for_all, NotImplementedError, "'w'.*`custom_vjp_call.*from two functions"),
         (map_over_batches, NotImplementedError, r"'w'.*`scan.*jax\.lax\.map without batch_size"),
         (solve, NotImplementedError, r"'w'.*`triangular_solve`.*not supported"),
