@@ -112,12 +112,11 @@ def checked_mask(argument: str, mask: Any) -> Callable[[Any], Any]:
       TypeError: the mask has other leaves than booleans.
       ValueError: the mask is not a prefix of the tree.
     """
+    mask = True if mask is None else mask
 
     def of_tree(tree: Any) -> Any:
         # A model of Equinox may be a tree of booleans and callable all the same.
         leaves = jax.tree.leaves(mask)
-        if mask is None:
-            return jax.tree.map(lambda _: True, tree)
         found = mask(tree) if leaves and all(map(callable, leaves)) else mask
         for path, leaf in jax.tree_util.tree_leaves_with_path(found):
             if not isinstance(leaf, bool | np.bool_):

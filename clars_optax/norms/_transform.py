@@ -150,6 +150,8 @@ def value_and_grad_and_norms(
 
     @functools.wraps(loss_fn)
     def step(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+        positions = settings.positions(len(args))
+        _arguments.check_params(args, positions.params)
         mesh = explicit_mesh((args, kwargs))
         if mesh is None:
             return of_args(*args, **kwargs)
@@ -157,8 +159,6 @@ def value_and_grad_and_norms(
         def aux() -> Any:
             return _value_and_aux(loss_fn(*_rebuilt(args), **kwargs), has_aux)[1]
 
-        positions = settings.positions(len(args))
-        _arguments.check_params(args, positions.params)
         params = tuple(args[i] for i in positions.params)
         value: Any = PartitionSpec()
         if has_aux:
@@ -169,7 +169,6 @@ def value_and_grad_and_norms(
 
     def of_args(*args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
         positions = settings.positions(len(args))
-        _arguments.check_params(args, positions.params)
         params = _arguments.arrays(args, positions.params)
         batch = _arguments.arrays(args, positions.batch)
         num_examples = _arguments.count_examples(_arguments.paths(args, positions.batch), batch)

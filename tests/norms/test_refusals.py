@@ -112,17 +112,6 @@ def layer_in_a_loop(x, w):
     return jax.lax.scan(lambda h, _: (jnp.tanh(h @ w), None), x, None, length=2)[0]
 
 
-PARTS = [
-    of_a_part(lambda x: x[:1]),
-    of_a_part(lambda x: x[0][None]),
-    of_a_part(lambda x: x[jnp.array([1, 3])]),
-    of_a_part(lambda x: x[jax.random.randint(jax.random.key(0), (2,), 0, len(x))] / 2),
-    of_a_part(lambda x: jnp.split(x, [2])[0]),
-    of_a_part(lambda x: x[:2], jax.checkpoint(lambda x, w: jnp.tanh(x @ w))),
-    of_a_part(lambda x: x[:2], layer_in_a_loop),
-]
-
-
 def prototypes(params, x):
     """Of what another layer gives, the part; of its own results it would be no matter."""
     h = jnp.tanh(x @ params["w"])
@@ -141,7 +130,19 @@ def scaled_by_a_mean_of_half(params, x):
     return jnp.mean((x * (params["t"] * x[: len(x) // 2].mean())) ** 2)
 
 
-PARTS += [prototypes, recurrent_from_a_part, scaled_by_an_entry, scaled_by_a_mean_of_half]
+PARTS = [
+    of_a_part(lambda x: x[:1]),
+    of_a_part(lambda x: x[0][None]),
+    of_a_part(lambda x: x[jnp.array([1, 3])]),
+    of_a_part(lambda x: x[jax.random.randint(jax.random.key(0), (2,), 0, len(x))] / 2),
+    of_a_part(lambda x: jnp.split(x, [2])[0]),
+    of_a_part(lambda x: x[:2], jax.checkpoint(lambda x, w: jnp.tanh(x @ w))),
+    of_a_part(lambda x: x[:2], layer_in_a_loop),
+    prototypes,
+    recurrent_from_a_part,
+    scaled_by_an_entry,
+    scaled_by_a_mean_of_half,
+]
 
 
 def term_that_the_batch_chooses(params, x):
